@@ -1,0 +1,108 @@
+"""A method as a small value: what it changes, stated as data, before anything is changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from tightfit.core.edits import Edit
+
+
+class Slot(enum.IntEnum):
+    """Where in a training step an edit sits, from the innermost outwards; edits run in this order."""
+
+    WEIGHTS = 0
+    TRAINABLE = 1
+    NEW_PARAMETERS = 2
+    OPERATORS = 3
+    BLOCKS = 4
+    RECOMPUTE = 5
+    SAVED_TENSORS = 6
+    INPUTS = 7
+    LOSS = 8
+    OPTIMIZER = 9
+
+    @property
+    def label(self) -> str:
+        return self.name.lower().replace("_", " ")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transform:
+    """Base of every method: a frozen, keyword-only value that describes its edits of a model.
+
+    A subclass sets the five facts, validates its fields in `__post_init__`, and yields edits. It never
+    changes the model itself: the core executes, journals, undoes and saves what `edits` yields.
+
+    Facts:
+        name: the method's short name, also its name on the command line.
+        paper: arXiv id, or "" when there is none.
+        touches: the slots its edits may use.
+        exact: the gradients equal those of the untransformed step.
+        reversible: it can be removed without loss.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    touches: ClassVar[frozenset[Slot]] = frozenset()
+    exact: ClassVar[bool] = False
+    reversible: ClassVar[bool] = False
+    summary: ClassVar[str] = ""
+
+    def edits(self, model: torch.nn.Module) -> Iterable[Edit]:
+        """Yield what to change, resolved on the untouched base model; must not change the model."""
+        raise NotImplementedError(f"{type(self).__name__} describes no edits")
+
+    def unfilled(self) -> str | None:
+        """What must still be filled in before the value can be applied, or None when it is complete."""
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields that differ from their defaults, as JSON values."""
+        out = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != _default(field):
+                out[field.name] = _plain(value)
+        return out
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Transform:
+        """Build the value from JSON values; the inverse of `to_dict`."""
+        return cls(**fields)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != _default(f)
+        )
+        return f"{type(self).__name__}({shown})"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # dataclass(repr=True) would write its own repr over ours, which leaves defaults out
+        cls.__repr__ = Transform.__repr__  # type: ignore[method-assign]
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return dataclasses.MISSING
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise TypeError(f"a value of type {type(value).__name__} cannot be written into a recipe: {value!r}")
