@@ -1,5 +1,57 @@
 """Fine-tune the transformer you want in the memory you have."""
 
 from tightfit._version import __version__
+from tightfit.core.apply import Applied, apply
+from tightfit.core.artifacts import load
+from tightfit.core.errors import (
+    ArtifactError,
+    BudgetError,
+    ConflictError,
+    DataError,
+    RecipeError,
+    SelectorError,
+    SimulationError,
+    StateError,
+    TightfitError,
+    TrainingError,
+    UnknownTokenError,
+    UnsupportedModelError,
+)
+from tightfit.core.memory import Measurement, interleave, measure
+from tightfit.core.plan import Plan, plan
+from tightfit.core.recipe import Recipe, chain
+from tightfit.core.skeleton import skeleton
+from tightfit.core.transform import Slot, Transform
+from tightfit.methods import Checkpointing, Lora, methods
 
-__all__ = ["__version__"]
+__all__ = [
+    "Applied",
+    "ArtifactError",
+    "BudgetError",
+    "Checkpointing",
+    "ConflictError",
+    "DataError",
+    "Lora",
+    "Measurement",
+    "Plan",
+    "Recipe",
+    "RecipeError",
+    "SelectorError",
+    "SimulationError",
+    "Slot",
+    "StateError",
+    "TightfitError",
+    "TrainingError",
+    "Transform",
+    "UnknownTokenError",
+    "UnsupportedModelError",
+    "__version__",
+    "apply",
+    "chain",
+    "interleave",
+    "load",
+    "measure",
+    "methods",
+    "plan",
+    "skeleton",
+]

@@ -49,7 +49,9 @@ class Recipe:
             RecipeError: an unknown method or field, or a value the method refuses; names the entry.
         """
         if not isinstance(methods, list | tuple):
-            raise RecipeError(f"methods: got {type(methods).__name__}, accepted is a list of one-key mappings")
+            raise RecipeError(
+                f"methods: got {type(methods).__name__}, accepted is a list of one-key mappings"
+            )
         return cls(tuple(_read_entry(i, entry) for i, entry in enumerate(methods)))
 
     def to_json(self) -> str:
@@ -60,7 +62,9 @@ class Recipe:
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise RecipeError(f"recipe JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+            raise RecipeError(
+                f"recipe JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+            ) from None
         return cls._from_document(data, "recipe JSON")
 
     def to_yaml(self) -> str:
@@ -107,8 +111,14 @@ def chain(*transforms: Transform | Recipe) -> Recipe:
         elif isinstance(item, Transform):
             flat.append(item)
         else:
-            hint = f"; did you mean {item.__name__}()?" if isinstance(item, type) and issubclass(item, Transform) else ""
-            raise TypeError(f"chain(): argument {position} is {item!r}, accepted are transforms and recipes{hint}")
+            hint = (
+                f"; did you mean {item.__name__}()?"
+                if isinstance(item, type) and issubclass(item, Transform)
+                else ""
+            )
+            raise TypeError(
+                f"chain(): argument {position} is {item!r}, accepted are transforms and recipes{hint}"
+            )
     return Recipe(tuple(flat))
 
 
@@ -138,11 +148,15 @@ def _read_entry(index: int, entry: Any) -> Transform:
     if isinstance(entry, str):
         entry = {entry: {}}
     if not isinstance(entry, dict) or len(entry) != 1:
-        raise RecipeError(f"{where}: got {entry!r}, accepted is one method with its fields, such as 'Lora: {{rank: 8}}'")
+        raise RecipeError(
+            f"{where}: got {entry!r}, accepted is one method with its fields, such as 'Lora: {{rank: 8}}'"
+        )
     ((name, fields),) = entry.items()
     classes = method_classes()
     if name not in classes:
-        raise RecipeError(f"{where}: unknown method {name!r}{near(name, list(classes))}; known are {', '.join(classes)}")
+        raise RecipeError(
+            f"{where}: unknown method {name!r}{near(name, list(classes))}; known are {', '.join(classes)}"
+        )
     cls = classes[name]
     fields = {} if fields is None else fields
     if not isinstance(fields, dict):

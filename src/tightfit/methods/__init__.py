@@ -1,0 +1,19 @@
+"""The methods, one module each."""
+
+from tightfit.core.recipe import method_classes
+from tightfit.core.transform import Transform
+from tightfit.methods.checkpointing import Checkpointing
+from tightfit.methods.lora import Lora
+
+__all__ = ["Checkpointing", "Lora", "methods"]
+
+
+def methods() -> list[type[Transform]]:
+    """The method classes of this library, each with its facts: name, paper, touches, exact, reversible.
+
+    Example:
+        >>> import tightfit
+        >>> [m.name for m in tightfit.methods() if m.exact]
+        ['checkpointing', 'partial-embedding']
+    """
+    return [cls for cls in method_classes().values() if cls.__module__.startswith("tightfit.methods")]

@@ -1,0 +1,305 @@
+"""Apply a recipe: resolve every edit on the base model, refuse conflicts, run in slot order, journal, undo."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import weakref
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from tightfit.core import hfmodel
+from tightfit.core.conflicts import Conflict, find_conflicts, repeated
+from tightfit.core.edits import Edit, Handle, Part, ParameterHandle
+from tightfit.core.errors import ConflictError, StateError, shorten
+from tightfit.core.recipe import Recipe, as_recipe
+from tightfit.core.tight import is_tight
+from tightfit.core.transform import Transform
+
+PartT = TypeVar("PartT", bound=Part)
+
+_active: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Applied]] = weakref.WeakKeyDictionary()
+
+
+def resolve(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[Transform, Edit]], list[Conflict]]:
+    """The recipe's edits on this model in the order they will run, and the conflicts among them.
+
+    Every selector is resolved on the untouched model. The order is fixed by slot, then method, then place, so
+    the order of the recipe cannot matter.
+    """
+    conflicts = repeated(recipe.transforms)
+    for transform in recipe:
+        missing = transform.unfilled()
+        if missing:
+            raise ValueError(f"{type(transform).__name__}: {missing}")
+    planned = [] if conflicts else [(t, edit) for t in recipe for edit in t.edits(model)]
+    for transform, edit in planned:
+        assert edit.slot in transform.touches, (
+            f"{type(transform).__name__} does not declare slot {edit.slot.label}"
+        )
+    order = {name: i for i, name in enumerate(sorted({t.name for t, _ in planned}))}
+    planned.sort(key=lambda pair: (pair[1].slot, order[pair[0].name]))
+    return planned, conflicts + find_conflicts(planned)
+
+
+def apply(model: nn.Module, recipe: Recipe | Transform | list | tuple | None) -> Applied:
+    """Apply a recipe to a model in place, all or nothing.
+
+    Args:
+        model: a stock Hugging Face model, before it is wrapped in DDP or FSDP.
+        recipe: a recipe, one transform, or a list of them.
+
+    Raises:
+        ConflictError: two transforms claim the same place; the model is untouched.
+        UnsupportedModelError: a method cannot work on this architecture; the model is untouched.
+        StateError: the model carries a recipe already, or is wrapped or sharded.
+
+    Example:
+        >>> import tightfit
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        >>> model = BertForSequenceClassification(config)
+        >>> with tightfit.apply(model, tightfit.Lora(rank=2)) as applied:
+        ...     sum(p.numel() for p in applied.parameters()) < sum(p.numel() for p in model.parameters())
+        True
+    """
+    recipe = as_recipe(recipe)
+    _refuse_unready(model)
+    planned, conflicts = resolve(model, recipe)
+    if conflicts:
+        raise ConflictError("; ".join(str(c) for c in conflicts))
+    before = _flags(model)
+    handles: list[Handle] = []
+    try:
+        for _, edit in planned:
+            handles.append(edit.run(model))
+    except BaseException:
+        for handle in reversed(handles):
+            handle.undo(model)
+        _restore_flags(model, before)
+        raise
+    applied = Applied(model, recipe, planned, handles, before)
+    _active[model] = weakref.ref(applied)
+    return applied
+
+
+def _refuse_unready(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"apply(model, ...): got {type(model).__name__}, accepted is a torch.nn.Module")
+    earlier = _active[model]() if model in _active else None
+    if earlier is not None:
+        raise StateError(
+            f"apply(): this {type(model).__name__} already carries the recipe {earlier.recipe}; call its "
+            f".remove() or .merge() first, or chain() both recipes into one"
+        )
+    tight = [name for name, module in model.named_modules() if is_tight(module)]
+    if tight:
+        raise StateError(
+            f"apply(): this {type(model).__name__} is a copy of, or holds, a model with a recipe applied "
+            f"(at {shorten(tight, 3)}); start from a stock model"
+        )
+    reason = hfmodel.refuse_wrapped(model)
+    if reason:
+        raise StateError(f"apply(): {reason}; apply the recipe before wrapping or sharding the model")
+
+
+def _flags(model: nn.Module) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def _restore_flags(model: nn.Module, flags: dict[str, bool]) -> None:
+    for name, parameter in model.named_parameters():
+        if name in flags:
+            parameter.requires_grad_(flags[name])
+
+
+class Applied:
+    """A model with a recipe applied. Also a context manager that removes the recipe on exit.
+
+    Attributes:
+        model: the model, the same object that was given to `apply`.
+        recipe: what was applied.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        planned: list[tuple[Transform, Edit]],
+        handles: list[Handle],
+        flags: dict[str, bool],
+    ):
+        self.model = model
+        self._recipe = recipe
+        self._planned = planned
+        self._handles = handles
+        self._flags = flags
+        self._gone: str | None = None
+        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._replaced = frozenset(id(h.original) for h in handles if isinstance(h, ParameterHandle))
+        self._hook = register_optimizer_step_pre_hook(_StaleCheck(weakref.ref(self)))
+
+    # -- looking -----------------------------------------------------------------------------------------------
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe as it stands now: fields that changed since (a grown vocabulary) are brought up to date."""
+        changed: dict[int, dict[str, Any]] = {}
+        for transform, edit in self._planned:
+            if edit.part is not None:
+                changed.setdefault(id(transform), {}).update(edit.part.recipe_fields())
+        return Recipe(tuple(dataclasses.replace(t, **changed.get(id(t), {})) for t in self._recipe))
+
+    @property
+    def parts(self) -> list[Part]:
+        """The living parts of the applied transforms."""
+        return list(dict.fromkeys(edit.part for _, edit in self._planned if edit.part is not None))
+
+    def part(self, kind: type[PartT]) -> PartT:
+        """The part of the given class; StateError when the recipe has none."""
+        for part in self.parts:
+            if isinstance(part, kind):
+                return part
+        raise StateError(f"the recipe {self.recipe} has no {kind.__name__}")
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that train, each once."""
+        self._require_live("parameters")
+        return (p for p in self.model.parameters() if p.requires_grad)
+
+    def report(self) -> dict[str, Any]:
+        """What is applied, as plain data: recipe, trainable and total parameters, edits, facts of each method."""
+        self._require_live("report")
+        parameters = list(self.model.parameters())
+        facts: dict[str, Any] = {}
+        for transform, edit in self._planned:
+            if edit.part is not None:
+                facts.setdefault(type(transform).__name__, {}).update(edit.part.report())
+        return {
+            "recipe": str(self.recipe),
+            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "total_parameters": sum(p.numel() for p in parameters),
+            "edits": len(self._planned),
+            "methods": facts,
+        }
+
+    # -- training ----------------------------------------------------------------------------------------------
+
+    def optimizer(
+        self, cls: type[torch.optim.Optimizer] = torch.optim.AdamW, **kwargs: Any
+    ) -> torch.optim.Optimizer:
+        """Build an optimizer over the parameters that train; it follows a table that grows later."""
+        self._require_live("optimizer")
+        trainable = list(self.parameters())
+        if not trainable:
+            raise StateError(f"optimizer(): the recipe {self.recipe} leaves no parameter to train")
+        return self.adopt(cls(trainable, **kwargs))
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Hand over an optimizer: one built before `apply` gets the stand-in parameters and their state rows."""
+        self._require_live("adopt")
+        for handle in self._handles:
+            if isinstance(handle, ParameterHandle):
+                handle.adopt(self.model, optimizer)
+        self._optimizers.add(optimizer)
+        for part in self.parts:
+            part.optimizer_made(optimizer)
+        return optimizer
+
+    def callback(self):
+        """A `transformers.TrainerCallback` for the Trainer; a no-op where the recipe needs none."""
+        self._require_live("callback")
+        from tightfit.core.callback import RecipeCallback
+
+        return RecipeCallback(self, [c for part in self.parts if (c := part.callback()) is not None])
+
+    # -- leaving -----------------------------------------------------------------------------------------------
+
+    def remove(self) -> nn.Module:
+        """Take the recipe off: classes, flags, names and objects as they were before `apply`.
+
+        Parameters that the recipe added are dropped. Stock parameters that were trained keep their trained
+        values: no second copy of the model is held.
+        """
+        return self._leave("remove", lambda handle: handle.undo(self.model))
+
+    def merge(self) -> nn.Module:
+        """Take the recipe off and leave its result in the stock parameters; returns the stock model."""
+        return self._leave("merge", lambda handle: handle.merge(self.model))
+
+    def _leave(self, verb: str, act) -> nn.Module:
+        self._require_live(verb)
+        for handle in reversed(self._handles):
+            act(handle)
+        _restore_flags(self.model, self._flags)
+        self._hook.remove()
+        self._gone = verb
+        _active.pop(self.model, None)
+        return self.model
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write `recipe.json` and `tightfit.safetensors`: all that is needed to rebuild this on the same base."""
+        self._require_live("save")
+        from tightfit.core.artifacts import save
+
+        save(self, folder)
+
+    def export(self, folder: str | os.PathLike) -> None:
+        """Write a stock checkpoint that plain `from_pretrained` loads; the model stays as it is."""
+        self._require_live("export")
+        from tightfit.core.artifacts import export
+
+        export(self, folder)
+
+    def stock_state_dict(self) -> dict[str, torch.Tensor]:
+        """The state dict with stock names and shapes and everything merged, without changing the model."""
+        self._require_live("stock_state_dict")
+        state = dict(self.model.state_dict())
+        for handle in reversed(self._handles):
+            handle.stock_state(self.model, state)
+        return state
+
+    def residue(self) -> dict[str, torch.Tensor]:
+        """Parts of stock tensors that the stand-ins do not hold."""
+        return {name: rest for handle in self._handles for name, rest in handle.residue().items()}
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._gone is None:
+            self.remove()
+
+    def _require_live(self, verb: str) -> None:
+        if self._gone is not None:
+            raise StateError(
+                f"{verb}(): this recipe was taken off already ({self._gone}() was called); apply it again to go on"
+            )
+
+    def __repr__(self) -> str:
+        state = "" if self._gone is None else f", {self._gone}d"
+        return f"<Applied {self.recipe} on {type(self.model).__name__}{state}>"
+
+
+class _StaleCheck:
+    """Stops an optimizer that still holds a replaced stock parameter: it would train nothing, silently."""
+
+    def __init__(self, applied: weakref.ref[Applied]):
+        self.applied = applied
+
+    def __call__(self, optimizer, args, kwargs):
+        applied = self.applied()
+        if applied is None or applied._gone is not None or not applied._replaced:
+            return
+        for i, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                if id(parameter) in applied._replaced:
+                    raise StateError(
+                        f"{type(optimizer).__name__}: param group {i} holds a parameter that the recipe "
+                        f"{applied.recipe} replaced, so it would train nothing; build the optimizer with "
+                        f"applied.optimizer(...), or hand it over with applied.adopt(optimizer)"
+                    )

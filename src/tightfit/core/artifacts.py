@@ -1,0 +1,282 @@
+"""Saved results: `recipe.json` + `tightfit.safetensors` on a known base, and stock checkpoints.
+
+No pickle is written or read. Writes are atomic: a temporary file in the same folder, fsync, rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tightfit._version import __version__
+from tightfit.core.errors import ArtifactError, shorten
+from tightfit.core.recipe import FORMAT, Recipe
+
+if TYPE_CHECKING:
+    from tightfit.core.apply import Applied
+
+RECIPE_FILE = "recipe.json"
+TENSOR_FILE = "tightfit.safetensors"
+_PART = "part:"
+_SAMPLE = 4096
+
+
+def save(applied: Applied, folder: str | os.PathLike) -> None:
+    """Write the recipe and every tensor that training may have changed."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = _own_tensors(applied)
+    with replacing(folder / TENSOR_FILE) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
+    document = {
+        "tightfit": FORMAT,
+        "version": __version__,
+        "methods": applied.recipe.to_list(),
+        "base": {
+            "class": type(applied.model).__name__,
+            "shapes": _shapes(applied.model),
+            "digests": _digests(applied, set(tensors)),
+        },
+        "tensors_sha256": _file_digest(folder / TENSOR_FILE),
+    }
+    write_text(folder / RECIPE_FILE, json.dumps(document, indent=1))
+
+
+def load(model: nn.Module, folder: str | os.PathLike) -> Applied:
+    """Rebuild a saved recipe on its base model, with the trained values in it.
+
+    Args:
+        model: the same stock base the result was trained on.
+        folder: what `Applied.save` wrote.
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or the base differs (both values are named). The model
+            is left as it was.
+
+    Example:
+        >>> import tempfile, tightfit
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+        >>> model = BertForSequenceClassification(config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with tightfit.apply(model, tightfit.Lora(rank=2)) as applied:
+        ...         applied.save(folder)
+        ...     tightfit.load(model, folder).recipe
+        chain(Lora(rank=2))
+    """
+    from tightfit.core.apply import apply
+
+    folder = Path(folder)
+    document = _read_document(folder)
+    tensors = _read_tensors(folder, document)
+    base = document["base"]
+    if base["class"] != type(model).__name__:
+        raise ArtifactError(
+            f"{folder}: was saved on a {base['class']}, this model is a {type(model).__name__}; load the same base"
+        )
+    applied = apply(model, Recipe.from_list(document["methods"]))
+    try:
+        _check_shapes(folder, base["shapes"], _shapes(model))
+        own = _own_tensors(applied)
+        if set(own) != set(tensors):
+            odd = sorted(set(own) ^ set(tensors))
+            raise ArtifactError(f"{folder / TENSOR_FILE}: tensors do not fit the recipe: {shorten(odd, 5)}")
+        _check_digests(folder, base["digests"], _digests(applied, set(tensors)))
+        for name, value in tensors.items():
+            if not name.startswith(_PART) and own[name].shape != value.shape:
+                raise ArtifactError(
+                    f"{folder / TENSOR_FILE}: {name} has shape {tuple(value.shape)}, the model needs "
+                    f"{tuple(own[name].shape)}"
+                )
+        with torch.no_grad():
+            for name, value in tensors.items():
+                if not name.startswith(_PART):
+                    own[name].copy_(value)
+        for part in applied.parts:
+            prefix = f"{_PART}{type(part).__name__}/"
+            part.load_tensors({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    except BaseException:
+        applied.remove()
+        raise
+    return applied
+
+
+def export(applied: Applied, folder: str | os.PathLike) -> None:
+    """Write a stock checkpoint with everything merged, without touching the live model."""
+    model = applied.model
+    if not hasattr(model, "save_pretrained"):
+        raise ArtifactError(
+            f"export: {type(model).__name__} has no save_pretrained; use merge() and save its state dict"
+        )
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    state = applied.stock_state_dict()
+    with replacing_folder(folder) as temporary:
+        model.save_pretrained(temporary, state_dict=state)
+
+
+# -- what is stored ---------------------------------------------------------------------------------------------
+
+
+def _own_tensors(applied: Applied) -> dict[str, torch.Tensor]:
+    """Everything training may change: trainable parameters, persistent buffers, the parts' own tensors."""
+    own = {name: p for name, p in applied.model.named_parameters() if p.requires_grad}
+    own.update(_persistent_buffers(applied.model))
+    for part in applied.parts:
+        own.update({f"{_PART}{type(part).__name__}/{key}": value for key, value in part.tensors().items()})
+    return own
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        f"{prefix}.{key}" if prefix else key: buffer
+        for prefix, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None and key not in module._non_persistent_buffers_set
+    }
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(p.shape) for name, p in model.named_parameters()}
+
+
+def _digests(applied: Applied, saved: set[str]) -> dict[str, str]:
+    """A digest of every base tensor that the saved file does not hold in full."""
+    kept = {name: p for name, p in applied.model.named_parameters() if name not in saved}
+    kept.update({f"{name} (rest)": rest for name, rest in applied.residue().items()})
+    return {name: tensor_digest(tensor) for name, tensor in kept.items()}
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """SHA-256 over shape, dtype and up to 4,096 evenly spaced elements."""
+    flat = tensor.detach().reshape(-1)
+    step = max(1, flat.numel() // _SAMPLE)
+    sample = flat[::step][:_SAMPLE].to("cpu", torch.float32)
+    head = f"{tuple(tensor.shape)} {tensor.dtype}".encode()
+    return hashlib.sha256(head + sample.numpy().tobytes()).hexdigest()[:16]
+
+
+def _check_shapes(folder: Path, saved: dict[str, list[int]], here: dict[str, list[int]]) -> None:
+    for name in sorted(set(saved) | set(here)):
+        if saved.get(name) != here.get(name):
+            raise ArtifactError(
+                f"{folder}: another base model: parameter {name} is {saved.get(name, 'absent')} in the saved base "
+                f"and {here.get(name, 'absent')} in this one"
+            )
+
+
+def _check_digests(folder: Path, saved: dict[str, str], here: dict[str, str]) -> None:
+    for name in sorted(set(saved) | set(here)):
+        if saved.get(name) != here.get(name):
+            raise ArtifactError(
+                f"{folder}: another base model: {name} has digest {saved.get(name, 'none')} in the saved base and "
+                f"{here.get(name, 'none')} in this one; load the checkpoint this result was trained on"
+            )
+
+
+def _read_document(folder: Path) -> dict[str, Any]:
+    path = folder / RECIPE_FILE
+    if not path.is_file():
+        raise ArtifactError(f"{folder}: no {RECIPE_FILE}; give the folder that Applied.save wrote")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path}: not valid JSON ({error}); the file is damaged") from None
+    if not isinstance(document, dict) or document.get("tightfit") != FORMAT:
+        found = document.get("tightfit") if isinstance(document, dict) else type(document).__name__
+        raise ArtifactError(f"{path}: format {found!r}, this version reads format {FORMAT}")
+    missing = [key for key in ("methods", "base", "tensors_sha256") if key not in document]
+    if missing:
+        raise ArtifactError(f"{path}: the key(s) {shorten(missing)} are missing; the file is damaged")
+    return document
+
+
+def _read_tensors(folder: Path, document: dict[str, Any]) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    path = folder / TENSOR_FILE
+    if not path.is_file():
+        raise ArtifactError(f"{folder}: no {TENSOR_FILE}; the artifact is incomplete")
+    found = _file_digest(path)
+    if found != document["tensors_sha256"]:
+        raise ArtifactError(
+            f"{path}: SHA-256 {found[:16]}... does not match {document['tensors_sha256'][:16]}... in {RECIPE_FILE}; "
+            f"the file is damaged or belongs to another save"
+        )
+    return load_file(path)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- atomic writes ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place, synced to disk, when the block succeeds."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block succeeds; an existing one is refused."""
+    if path.exists() and any(path.iterdir()):
+        raise ArtifactError(f"{path}: exists and is not empty; give a new folder")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        temporary.chmod(0o777 & ~_umask())
+        if path.exists():
+            path.rmdir()
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,126 @@
+"""What a stock Hugging Face model is made of, found by structure and identity, never by model name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+def backbone(model: nn.Module) -> tuple[str, nn.Module]:
+    """The headless model inside `model` with its module name ("" when the model is its own backbone)."""
+    base = getattr(model, "base_model", model)
+    if base is model or not isinstance(base, nn.Module):
+        return "", model
+    return next(((name, module) for name, module in model.named_modules() if module is base), ("", model))
+
+
+def stacks(model: nn.Module) -> list[list[str]]:
+    """The stacks of blocks: for each outermost ModuleList of same-class modules, the names of its blocks.
+
+    Encoder-decoders give two. Stacks of one block count only when there is no longer one.
+    """
+    found: list[list[str]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        if len({type(child) for child in module}) != 1 or not any(True for _ in module.parameters()):
+            continue
+        if any(name.startswith(f"{block}.") for stack in found for block in stack):
+            continue
+        found.append([f"{name}.{i}" for i in range(len(module))])
+    longest = max((len(stack) for stack in found), default=0)
+    return [stack for stack in found if len(stack) > 1 or longest == 1]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear and its subclasses (quantised ones too), and GPT-2's transposed Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D: a linear layer with a transposed weight."""
+    return type(module).__name__.endswith("Conv1D") and hasattr(module, "nf") and hasattr(module, "weight")
+
+
+def block_linears(model: nn.Module) -> list[str]:
+    """Names of all linear layers inside the stacks of blocks, in model order."""
+    blocks = tuple(f"{block}." for stack in stacks(model) for block in stack)
+    return [name for name, module in model.named_modules() if name.startswith(blocks) and is_linear(module)]
+
+
+def has_lm_head(model: nn.Module) -> bool:
+    """Whether the model predicts tokens: it has output embeddings."""
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        return getter is not None and getter() is not None
+    except (NotImplementedError, AttributeError):
+        return False
+
+
+def head_parameters(model: nn.Module) -> list[str]:
+    """Names of the task head's parameters: those outside the backbone of a model that predicts no tokens.
+
+    A language-model head came with the checkpoint, so it is not one of them; a classifier is new and must be
+    trained even where the rest is frozen.
+    """
+    base_name, base = backbone(model)
+    if base is model or has_lm_head(model):
+        return []
+    return [name for name, _ in model.named_parameters() if not name.startswith(f"{base_name}.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Alias:
+    """One place where a tensor hangs in the module tree."""
+
+    module_name: str
+    attribute: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.module_name}.{self.attribute}" if self.module_name else self.attribute
+
+
+def aliases(model: nn.Module, tensor: torch.Tensor) -> list[Alias]:
+    """Every place of the model that holds this very tensor object, as a parameter or a buffer."""
+    places = []
+    for module_name, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            places += [Alias(module_name, key) for key, value in table.items() if value is tensor]
+    return places
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers, each tensor object once, under its first name."""
+    seen: set[int] = set()
+    for iterator in (model.named_parameters(), model.named_buffers()):
+        for name, tensor in iterator:
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield name, tensor
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Identity of the storage behind a tensor, equal for views of one memory; meta and fake tensors too."""
+    return tensor.untyped_storage()._cdata
+
+
+def unique_storage_bytes(tensors) -> int:
+    """Bytes of the distinct storages behind `tensors`."""
+    storages = {storage_key(t): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def refuse_wrapped(model: nn.Module) -> str | None:
+    """Why a recipe cannot be applied to this model now (sharded or wrapped for data parallelism), or None."""
+    if type(model).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+        return f"the model is wrapped in {type(model).__name__}"
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+            return f"parameter {name} is sharded (DTensor)"
+        if type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "ds_id"):
+            return f"parameter {name} is flattened or partitioned (FSDP1 or ZeRO-3)"
+    return None

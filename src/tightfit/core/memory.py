@@ -1,0 +1,219 @@
+"""Measuring a training step: allocator peak, saved bytes, time. One truth for every number.
+
+peak_bytes is what the allocator handed out: on a GPU `torch.cuda.max_memory_allocated` over a reset step, on
+the CPU the running maximum of the allocator's own events (torch.profiler, `profile_memory=True`) on top of what
+was alive before. Never the process's resident size, never a formula.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tightfit.core import hfmodel
+
+Step = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What one step took.
+
+    Attributes:
+        peak_bytes: highest allocator level during the step, what was alive before included.
+        alive_bytes: allocator level when the step began (weights, optimizer state, gradients, batch).
+        saved_bytes: unique storages kept for backward, parameters and buffers left out.
+        seconds: median wall time of the timed steps.
+        by_category: weights, gradients, optimizer, activations (saved_bytes), temporary (the rest of the peak),
+            host (memory of host-side stores when the device is not the CPU).
+    """
+
+    peak_bytes: int
+    alive_bytes: int
+    saved_bytes: int
+    seconds: float
+    by_category: dict[str, int]
+
+    @property
+    def step_bytes(self) -> int:
+        """How far the step rose above what was alive before it."""
+        return self.peak_bytes - self.alive_bytes
+
+
+def measure(step: Step, *, warmup: int = 1, repeats: int = 3) -> Measurement:
+    """Run `step` a few times and measure it.
+
+    Args:
+        step: a callable that runs one whole training step (forward, backward, optimizer, zero_grad) and keeps no
+            reference to its results.
+        warmup: steps run first, so that optimizer state exists and lazy initialisation is over.
+        repeats: timed steps, run after the measured ones.
+
+    Returns:
+        A `Measurement`. The step runs warmup + 2 + repeats times and really trains.
+
+    Raises:
+        TypeError: `step` is not callable.
+
+    Example:
+        >>> import tightfit, torch
+        >>> layer = torch.nn.Linear(64, 64)
+        >>> x = torch.randn(8, 64)
+        >>> m = tightfit.measure(lambda: layer(x).sum().backward())
+        >>> m.saved_bytes == x.nbytes  # the linear keeps its input for the weight gradient
+        True
+    """
+    if not callable(step):
+        raise TypeError(f"measure(step): got {type(step).__name__}, accepted is a callable without arguments")
+    for _ in range(warmup):
+        step()
+    peak, alive = _peak(step)
+    saved = saved_bytes(step)
+    seconds = []
+    for _ in range(repeats):
+        _synchronise()
+        start = time.perf_counter()
+        step()
+        _synchronise()
+        seconds.append(time.perf_counter() - start)
+    categories = _categories(peak, saved)
+    return Measurement(peak, alive, saved, statistics.median(seconds) if seconds else 0.0, categories)
+
+
+def allocator_peak(step: Step) -> int:
+    """Highest allocator level while `step` runs once, what was alive before included, in bytes."""
+    return _peak(step)[0]
+
+
+def _peak(step: Step) -> tuple[int, int]:
+    if _cuda_in_use():
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(), before
+    gc.collect()
+    before = live_bytes()
+    return before + _cpu_rise(step), before
+
+
+def _cpu_rise(step: Step) -> int:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    level = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    return peak
+
+
+def live_bytes(device: str = "cpu") -> int:
+    """Bytes of the unique storages behind all tensors alive on `device`; memory-mapped files are left out."""
+    return sum(
+        t.untyped_storage().nbytes() for t in _distinct(t for t in live_tensors() if t.device.type == device)
+    )
+
+
+def live_tensors():
+    """Every tensor Python can reach, gradients included, fake and meta tensors left out."""
+    for item in gc.get_objects():
+        if issubclass(type(item), torch.Tensor) and type(item).__name__ != "FakeTensor" and not item.is_meta:
+            yield item
+            gradient = item.grad if item.is_leaf else None
+            if gradient is not None:
+                yield gradient
+
+
+def _distinct(tensors) -> list[torch.Tensor]:
+    from tightfit.core.host import is_mapped
+
+    found: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
+        try:
+            key = hfmodel.storage_key(tensor)
+        except (RuntimeError, NotImplementedError):
+            continue  # a tensor without storage (sparse, wrapper subclass)
+        if not is_mapped(tensor):
+            found.setdefault(key, tensor)
+    return list(found.values())
+
+
+def saved_bytes(step: Step) -> int:
+    """Bytes of the unique storages that `step` packs for backward, parameters and buffers left out."""
+    own: set[int] = set()
+    for item in gc.get_objects():
+        if issubclass(type(item), nn.Module):
+            tensors = [*item._parameters.values(), *item._buffers.values()]
+            own.update(hfmodel.storage_key(t) for t in tensors if t is not None and t.layout == torch.strided)
+    packed: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own and not isinstance(tensor, nn.Parameter):
+            packed[storage._cdata] = storage  # held, so that an address is not used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(storage.nbytes() for storage in packed.values())
+
+
+def interleave(steps: Mapping[str, Step], *, rounds: int = 5, warmup: int = 1) -> dict[str, list[float]]:
+    """Time several steps turn by turn, A B A B, so that a busy machine disturbs all of them alike.
+
+    Returns:
+        Wall seconds per round for each name. Compare medians, as ratios.
+    """
+    for step in steps.values():
+        for _ in range(warmup):
+            step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            _synchronise()
+            start = time.perf_counter()
+            steps[name]()
+            _synchronise()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _categories(peak: int, saved: int) -> dict[str, int]:
+    device = "cuda" if _cuda_in_use() else "cpu"
+    modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module)]
+    weights = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    weights = [t for t in weights if t.device.type == device]
+    gradients = [p.grad for p in weights if p.grad is not None]
+    optimizers = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
+    states = [t for o in optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t)]
+    out = {
+        "weights": hfmodel.unique_storage_bytes(_distinct(weights)),
+        "gradients": hfmodel.unique_storage_bytes(_distinct(gradients)),
+        "optimizer": hfmodel.unique_storage_bytes(_distinct(t for t in states if t.device.type == device)),
+        "activations": saved,
+    }
+    out["temporary"] = max(0, peak - sum(out.values()))
+    out["host"] = live_bytes("cpu") if device == "cuda" else 0
+    return out
+
+
+def _cuda_in_use() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized() and torch.cuda.memory_allocated() > 0
+
+
+def _synchronise() -> None:
+    if _cuda_in_use():
+        torch.cuda.synchronize()

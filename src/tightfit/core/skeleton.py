@@ -1,0 +1,106 @@
+"""Models without weights: built from a config on the meta device, or copied from a real model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tightfit.core.errors import UnsupportedModelError
+
+TASKS = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "image-classification": "AutoModelForImageClassification",
+}
+
+
+def skeleton(
+    config_or_name: Any, *, task: str | None = None, dtype: torch.dtype | None = None, **overrides: Any
+) -> nn.Module:
+    """A model without weights, to plan with: all shapes, no memory.
+
+    Args:
+        config_or_name: a transformers config, a local folder, or a hub id (only its config is read).
+        task: "sequence-classification", "causal-lm", ... ; default: the architecture the config names, or the
+            bare backbone.
+        dtype: parameter dtype; default: the config's, else float32.
+        **overrides: config fields to change, such as `num_labels=3`.
+
+    Raises:
+        ValueError: unknown task; lists the known ones.
+        UnsupportedModelError: no config can be read from what was given.
+
+    Example:
+        >>> import tightfit
+        >>> from transformers import BertConfig
+        >>> model = tightfit.skeleton(BertConfig(), task="sequence-classification")
+        >>> sum(p.numel() for p in model.parameters())
+        109483778
+    """
+    import transformers
+
+    if task is not None and task not in TASKS:
+        raise ValueError(f"skeleton(task=...): got {task!r}, accepted is one of {', '.join(TASKS)}")
+    config = _config(config_or_name)
+    for key, value in overrides.items():
+        setattr(config, key, value)
+    architectures = getattr(config, "architectures", None) or []
+    if task is not None:
+        factory = getattr(transformers, TASKS[task]).from_config
+    elif architectures and hasattr(transformers, architectures[0]):
+        factory = getattr(transformers, architectures[0])._from_config
+    else:
+        factory = transformers.AutoModel.from_config
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        model = factory(config, dtype=dtype)
+    return model.train()
+
+
+def _config(config_or_name: Any):
+    import transformers
+
+    if isinstance(config_or_name, transformers.PretrainedConfig):
+        return copy.deepcopy(config_or_name)
+    if not isinstance(config_or_name, str | Path):
+        raise UnsupportedModelError(
+            f"skeleton(): got {type(config_or_name).__name__}, accepted is a transformers config, a folder or a hub id"
+        )
+    try:
+        return transformers.AutoConfig.from_pretrained(config_or_name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(
+            f"skeleton({str(config_or_name)!r}): no config could be read: {reason}"
+        ) from error
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model with every tensor on the meta device; ties, flags and edits survive, memory does not."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in _tensors_of(module):
+            if id(tensor) not in memo:
+                memo[id(tensor)] = _on_meta(tensor)
+    return copy.deepcopy(model, memo)
+
+
+def _tensors_of(module: nn.Module):
+    yield from (p for p in module._parameters.values() if p is not None)
+    yield from (b for b in module._buffers.values() if b is not None)
+    yield from (v for v in vars(module).values() if isinstance(v, torch.Tensor))
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
+    return twin

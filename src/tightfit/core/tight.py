@@ -1,0 +1,111 @@
+"""In-place subclassing: give one module instance another forward without renaming, wrapping or patching.
+
+`tighten(module, Mixin, state)` swaps the instance's class for `type(name, (Mixin, stock), {})`. Parameter
+names, `isinstance`, `deepcopy`, hooks and sharding survive; several mixins stack through the MRO and can be
+taken off in any order. The stock class name stays on modules with children, because transformers, accelerate
+and the Trainer look such classes up by name; leaves get a `Tight` prefix.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from tightfit.core.errors import StateError
+
+_STOCK = "_tight_stock"
+_LAYERS = "_tight_layers"
+_types: dict[tuple, type] = {}
+
+
+def tighten(module: nn.Module, mixin: type, state: dict[str, Any] | None = None) -> None:
+    """Put `mixin` on top of the module's class; the mixin reads its `state` with `state_of(self, mixin)`.
+
+    Raises:
+        StateError: the mixin is on the module already, or an instance attribute shadows `forward`, so that
+            a class-level edit would silently never run.
+    """
+    layers = module.__dict__.get(_LAYERS, {})
+    if mixin in layers:
+        raise StateError(
+            f"{type(module).__name__}: {mixin.__name__} is already on this module; remove it first"
+        )
+    if "forward" in module.__dict__ and "forward" in vars(mixin):
+        raise StateError(
+            f"{type(module).__name__}: `forward` is set on the instance (device_map hooks, Accelerator.prepare or "
+            f"a fused trainer head do that), so {mixin.__name__} would never be called; apply the recipe first"
+        )
+    stock = module.__dict__.get(_STOCK, type(module))
+    _swap(module, stock, {**layers, mixin: state if state is not None else {}})
+
+
+def loosen(module: nn.Module, mixin: type) -> None:
+    """Take `mixin` off again; the last one restores the stock class."""
+    layers = module.__dict__.get(_LAYERS, {})
+    if mixin not in layers:
+        raise StateError(f"{type(module).__name__}: {mixin.__name__} is not on this module")
+    _swap(module, module.__dict__[_STOCK], {m: s for m, s in layers.items() if m is not mixin})
+
+
+def state_of(module: nn.Module, mixin: type) -> dict[str, Any]:
+    """The state that `tighten` stored for `mixin` on this module."""
+    return module.__dict__[_LAYERS][mixin]
+
+
+def is_tight(module: nn.Module, mixin: type | None = None) -> bool:
+    """Whether the module carries `mixin` (or, without one, any mixin)."""
+    layers = module.__dict__.get(_LAYERS, {})
+    return mixin in layers if mixin is not None else bool(layers)
+
+
+def _swap(module: nn.Module, stock: type, layers: dict[type, dict]) -> None:
+    current = type(module)
+    worn = _tight_type(stock, tuple(module.__dict__.get(_LAYERS, {})), _has_children(module))
+    target = _tight_type(stock, tuple(layers), _has_children(module))
+    if current is worn:
+        module.__class__ = target
+    elif worn in current.__bases__:  # fully_shard put its own class on top: rebuild it over the new one
+        bases = tuple(target if base is worn else base for base in current.__bases__)
+        name = current.__name__.replace(worn.__name__, target.__name__)
+        module.__class__ = type(name, bases, {"__module__": current.__module__})
+    else:
+        raise StateError(
+            f"{current.__name__}: the class of this module was replaced after the recipe was applied "
+            f"(expected {worn.__name__}); undo that replacement first"
+        )
+    if layers:
+        module.__dict__[_STOCK] = stock
+        module.__dict__[_LAYERS] = layers
+    else:
+        module.__dict__.pop(_STOCK, None)
+        module.__dict__.pop(_LAYERS, None)
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
+
+
+def _tight_type(stock: type, mixins: tuple[type, ...], keep_name: bool) -> type:
+    if not mixins:
+        return stock
+    key = (stock, mixins, keep_name)
+    if key not in _types:
+        namespace: dict[str, Any] = {"__module__": stock.__module__}
+        if any("forward" in vars(mixin) for mixin in mixins):
+            namespace["forward"] = _with_signature(stock, mixins)
+        name = stock.__name__ if keep_name else f"Tight{stock.__name__}"
+        _types[key] = type(name, (*reversed(mixins), stock), namespace)
+    return _types[key]
+
+
+def _with_signature(stock: type, mixins: tuple[type, ...]):
+    outermost = next(mixin for mixin in reversed(mixins) if "forward" in vars(mixin))
+
+    # the Trainer reads label names and dataset columns from this signature
+    @functools.wraps(stock.forward)  # type: ignore[attr-defined]
+    def forward(self, *args, **kwargs):
+        return outermost.forward(self, *args, **kwargs)
+
+    return forward
