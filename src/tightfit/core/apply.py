@@ -14,11 +14,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tightfit.core import hfmodel
 from tightfit.core.conflicts import Conflict, find_conflicts, repeated
-from tightfit.core.edits import Edit, Handle, Part, ParameterHandle
+from tightfit.core.edits import Edit, Handle, ParameterHandle, Part
 from tightfit.core.errors import ConflictError, StateError, shorten
 from tightfit.core.recipe import Recipe, as_recipe
 from tightfit.core.tight import is_tight
-from tightfit.core.transform import Transform
+from tightfit.core.transform import Context, Transform
 
 PartT = TypeVar("PartT", bound=Part)
 
@@ -36,11 +36,10 @@ def resolve(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[Transform, Edi
         missing = transform.unfilled()
         if missing:
             raise ValueError(f"{type(transform).__name__}: {missing}")
-    planned = [] if conflicts else [(t, edit) for t in recipe for edit in t.edits(model)]
+    context = Context(frozenset(name for t in recipe for name in t.freezes(model)))
+    planned = [] if conflicts else [(t, edit) for t in recipe for edit in t.edits(model, context)]
     for transform, edit in planned:
-        assert edit.slot in transform.touches, (
-            f"{type(transform).__name__} does not declare slot {edit.slot.label}"
-        )
+        assert edit.slot in transform.touches, f"{type(transform).__name__} does not declare slot {edit.slot.label}"
     order = {name: i for i, name in enumerate(sorted({t.name for t, _ in planned}))}
     planned.sort(key=lambda pair: (pair[1].slot, order[pair[0].name]))
     return planned, conflicts + find_conflicts(planned)
@@ -189,9 +188,7 @@ class Applied:
 
     # -- training ----------------------------------------------------------------------------------------------
 
-    def optimizer(
-        self, cls: type[torch.optim.Optimizer] = torch.optim.AdamW, **kwargs: Any
-    ) -> torch.optim.Optimizer:
+    def optimizer(self, cls: type[torch.optim.Optimizer] = torch.optim.AdamW, **kwargs: Any) -> torch.optim.Optimizer:
         """Build an optimizer over the parameters that train; it follows a table that grows later."""
         self._require_live("optimizer")
         trainable = list(self.parameters())

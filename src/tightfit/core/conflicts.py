@@ -21,9 +21,7 @@ class Conflict:
     def __str__(self) -> str:
         if self.slot is None:
             return f"{self.first} appears twice in the recipe; keep one, with the fields you want"
-        shown = ", ".join(self.places[:3]) + (
-            f" and {len(self.places) - 3} more" if len(self.places) > 3 else ""
-        )
+        shown = ", ".join(self.places[:3]) + (f" and {len(self.places) - 3} more" if len(self.places) > 3 else "")
         return (
             f"{self.first} and {self.second} both take over {shown} (slot '{self.slot.label}'); "
             f"keep one of them, or give them different `where`"
@@ -41,10 +39,7 @@ def find_conflicts(planned: list[tuple[Transform, Edit]]) -> list[Conflict]:
         owners = sorted({name for name, _ in users})
         if len(owners) > 1 and any(exclusive for _, exclusive in users):
             clashes[owners[0], owners[1], slot].append(place)
-    return [
-        Conflict(first, second, slot, tuple(places))
-        for (first, second, slot), places in sorted(clashes.items())
-    ]
+    return [Conflict(first, second, slot, tuple(places)) for (first, second, slot), places in sorted(clashes.items())]
 
 
 def repeated(transforms: tuple[Transform, ...]) -> list[Conflict]:

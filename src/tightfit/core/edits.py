@@ -8,6 +8,8 @@ returns a `Handle` that can undo it, merge it, and say what must be saved.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import copy
 import dataclasses
 import weakref
@@ -18,12 +20,29 @@ import torch
 from torch import nn
 
 from tightfit.core import hfmodel
-from tightfit.core.errors import UnsupportedModelError
+from tightfit.core.errors import StateError, UnsupportedModelError
 from tightfit.core.stack import StackMixin, StackRunner, StackState
 from tightfit.core.tight import is_tight, loosen, state_of, tighten
 from tightfit.core.transform import Slot
 
 Claim = tuple[Slot, str]
+
+_planning: contextvars.ContextVar[bool] = contextvars.ContextVar("planning", default=False)
+
+
+@contextlib.contextmanager
+def planning():
+    """While active, edits may run on a model without weights: nothing is trained, only counted."""
+    token = _planning.set(True)
+    try:
+        yield
+    finally:
+        _planning.reset(token)
+
+
+def is_planning() -> bool:
+    """Whether edits run on a planner's copy."""
+    return _planning.get()
 
 
 class Part:
@@ -199,6 +218,11 @@ class ParameterHandle(Handle):
         self.aliases = edit.aliases
         first = edit.aliases[0]
         self.original = getattr(model.get_submodule(first.module_name), first.attribute)
+        if self.original.is_meta and not is_planning():
+            raise StateError(
+                f"{first.name} is on the meta device: it has no values to keep; load the weights before applying the "
+                f"recipe (plan() works on models without weights)"
+            )
         codec = edit.codec(self.original.detach())
         self.held = Held(codec)
         small = codec.encode(self.original.detach())
@@ -242,9 +266,7 @@ class ParameterHandle(Handle):
         if state is not None:
             full_shape = self.held.expanded(small).shape
             optimizer.state[small] = {
-                key: self.held.codec.encode(value)
-                if torch.is_tensor(value) and value.shape == full_shape
-                else value
+                key: self.held.codec.encode(value) if torch.is_tensor(value) and value.shape == full_shape else value
                 for key, value in state.items()
             }
 

@@ -15,27 +15,21 @@ def _owner(transform: Any, field: str) -> str:
 def check_choice(transform: Any, field: str, allowed: Sequence[Any]) -> None:
     """Raise ValueError unless the field's value is one of `allowed`."""
     value = getattr(transform, field)
-    if value not in allowed or isinstance(value, bool) != any(
-        isinstance(a, bool) and a == value for a in allowed
-    ):
+    if value not in allowed or isinstance(value, bool) != any(isinstance(a, bool) and a == value for a in allowed):
         listed = ", ".join(repr(a) for a in allowed)
         raise ValueError(
             f"{_owner(transform, field)}: got {value!r}, accepted is one of {listed}{near(value, allowed)}"
         )
 
 
-def check_int(
-    transform: Any, field: str, low: int, high: int | None = None, *, optional: bool = False
-) -> None:
+def check_int(transform: Any, field: str, low: int, high: int | None = None, *, optional: bool = False) -> None:
     """Raise TypeError / ValueError unless the field is an int (never a bool) in [low, high]."""
     value = getattr(transform, field)
     if optional and value is None:
         return
     bound = f"an int >= {low}" if high is None else f"an int in [{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{_owner(transform, field)}: got {value!r} ({type(value).__name__}), accepted is {bound}"
-        )
+        raise TypeError(f"{_owner(transform, field)}: got {value!r} ({type(value).__name__}), accepted is {bound}")
     if value < low or (high is not None and value > high):
         raise ValueError(f"{_owner(transform, field)}: got {value}, accepted is {bound}")
 
@@ -57,9 +51,7 @@ def check_float(
     left, right = "(" if open_low else "[", ")" if open_high or high == math.inf else "]"
     bound = f"a number in {left}{low}, {high}{right}"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(
-            f"{_owner(transform, field)}: got {value!r} ({type(value).__name__}), accepted is {bound}"
-        )
+        raise TypeError(f"{_owner(transform, field)}: got {value!r} ({type(value).__name__}), accepted is {bound}")
     too_low = value <= low if open_low else value < low
     too_high = value >= high if open_high else value > high
     if math.isnan(value) or math.isinf(value) or too_low or too_high:

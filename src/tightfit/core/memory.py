@@ -121,9 +121,7 @@ def _cpu_rise(step: Step) -> int:
 
 def live_bytes(device: str = "cpu") -> int:
     """Bytes of the unique storages behind all tensors alive on `device`; memory-mapped files are left out."""
-    return sum(
-        t.untyped_storage().nbytes() for t in _distinct(t for t in live_tensors() if t.device.type == device)
-    )
+    return sum(t.untyped_storage().nbytes() for t in _distinct(t for t in live_tensors() if t.device.type == device))
 
 
 def live_tensors():

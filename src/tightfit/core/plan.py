@@ -11,6 +11,7 @@ from torch import nn
 from tightfit.core import hfmodel
 from tightfit.core.apply import apply, resolve
 from tightfit.core.conflicts import Conflict
+from tightfit.core.edits import planning
 from tightfit.core.recipe import Recipe, Transform, as_recipe
 from tightfit.core.skeleton import meta_copy
 
@@ -148,7 +149,8 @@ def plan(
     }
     if conflicts:
         return Plan(**shared, peak_bytes=0, trainable_parameters=0, total_parameters=0, by_category={})
-    applied = apply(shadow, recipe)
+    with planning():
+        applied = apply(shadow, recipe)
     parameters = list(applied.model.parameters())
     counts = {
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
@@ -180,9 +182,7 @@ def describe_batch(batch: Any) -> str:
     try:
         size, length = batch
     except (TypeError, ValueError):
-        raise ValueError(
-            f"batch: got {batch!r}, accepted is a dict of tensors or (batch_size, length)"
-        ) from None
+        raise ValueError(f"batch: got {batch!r}, accepted is a dict of tensors or (batch_size, length)") from None
     for name, value in (("batch_size", size), ("length", length)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"batch: {name} is {value!r}, accepted is an int >= 1")

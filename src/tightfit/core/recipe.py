@@ -35,7 +35,7 @@ class Recipe:
     @property
     def exact(self) -> bool:
         """Whether every transform keeps the gradients of the untransformed step."""
-        return all(t.exact for t in self.transforms)
+        return all(t.is_exact() for t in self.transforms)
 
     def to_list(self) -> list[dict[str, Any]]:
         """The recipe as the `methods:` list of a recipe file."""
@@ -49,9 +49,7 @@ class Recipe:
             RecipeError: an unknown method or field, or a value the method refuses; names the entry.
         """
         if not isinstance(methods, list | tuple):
-            raise RecipeError(
-                f"methods: got {type(methods).__name__}, accepted is a list of one-key mappings"
-            )
+            raise RecipeError(f"methods: got {type(methods).__name__}, accepted is a list of one-key mappings")
         return cls(tuple(_read_entry(i, entry) for i, entry in enumerate(methods)))
 
     def to_json(self) -> str:
@@ -62,9 +60,7 @@ class Recipe:
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise RecipeError(
-                f"recipe JSON: line {error.lineno}, column {error.colno}: {error.msg}"
-            ) from None
+            raise RecipeError(f"recipe JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
         return cls._from_document(data, "recipe JSON")
 
     def to_yaml(self) -> str:
@@ -112,13 +108,9 @@ def chain(*transforms: Transform | Recipe) -> Recipe:
             flat.append(item)
         else:
             hint = (
-                f"; did you mean {item.__name__}()?"
-                if isinstance(item, type) and issubclass(item, Transform)
-                else ""
+                f"; did you mean {item.__name__}()?" if isinstance(item, type) and issubclass(item, Transform) else ""
             )
-            raise TypeError(
-                f"chain(): argument {position} is {item!r}, accepted are transforms and recipes{hint}"
-            )
+            raise TypeError(f"chain(): argument {position} is {item!r}, accepted are transforms and recipes{hint}")
     return Recipe(tuple(flat))
 
 

@@ -78,9 +78,7 @@ def _config(config_or_name: Any):
         return transformers.AutoConfig.from_pretrained(config_or_name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(
-            f"skeleton({str(config_or_name)!r}): no config could be read: {reason}"
-        ) from error
+        raise UnsupportedModelError(f"skeleton({str(config_or_name)!r}): no config could be read: {reason}") from error
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -23,9 +23,7 @@ class StackRunner:
         """A fresh tape for a forward whose first block receives `hidden`."""
         return None
 
-    def block(
-        self, tape: Any, index: int, last: bool, forward: Any, hidden: Any, args: tuple, kwargs: dict
-    ) -> Any:
+    def block(self, tape: Any, index: int, last: bool, forward: Any, hidden: Any, args: tuple, kwargs: dict) -> Any:
         """The output of block `index`; `forward(hidden, *args, **kwargs)` is the block's stock forward."""
         return forward(hidden, *args, **kwargs)
 

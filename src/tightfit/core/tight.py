@@ -29,9 +29,7 @@ def tighten(module: nn.Module, mixin: type, state: dict[str, Any] | None = None)
     """
     layers = module.__dict__.get(_LAYERS, {})
     if mixin in layers:
-        raise StateError(
-            f"{type(module).__name__}: {mixin.__name__} is already on this module; remove it first"
-        )
+        raise StateError(f"{type(module).__name__}: {mixin.__name__} is already on this module; remove it first")
     if "forward" in module.__dict__ and "forward" in vars(mixin):
         raise StateError(
             f"{type(module).__name__}: `forward` is set on the instance (device_map hooks, Accelerator.prepare or "

@@ -32,6 +32,20 @@ class Slot(enum.IntEnum):
         return self.name.lower().replace("_", " ")
 
 
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a transform may know about the rest of its recipe while it describes its edits."""
+
+    frozen: frozenset[str] = frozenset()
+
+    def trains(self, model: torch.nn.Module, parameter: torch.nn.Parameter) -> bool:
+        """Whether a stock parameter will train once the whole recipe is applied."""
+        if not parameter.requires_grad:
+            return False
+        names = (name for name, p in model.named_parameters(remove_duplicate=False) if p is parameter)
+        return not any(name in self.frozen for name in names)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transform:
     """Base of every method: a frozen, keyword-only value that describes its edits of a model.
@@ -54,9 +68,17 @@ class Transform:
     reversible: ClassVar[bool] = False
     summary: ClassVar[str] = ""
 
-    def edits(self, model: torch.nn.Module) -> Iterable[Edit]:
+    def edits(self, model: torch.nn.Module, context: Context) -> Iterable[Edit]:
         """Yield what to change, resolved on the untouched base model; must not change the model."""
         raise NotImplementedError(f"{type(self).__name__} describes no edits")
+
+    def freezes(self, model: torch.nn.Module) -> Iterable[str]:
+        """Names of the stock parameters that will not train under this transform."""
+        return ()
+
+    def is_exact(self) -> bool:
+        """Whether this very value keeps the gradients exact; a field may give up what the class promises."""
+        return self.exact
 
     def unfilled(self) -> str | None:
         """What must still be filled in before the value can be applied, or None when it is complete."""

@@ -12,7 +12,7 @@ from tightfit.core import hfmodel
 from tightfit.core.edits import CallEdit, Edit, Handle
 from tightfit.core.errors import StateError, UnsupportedModelError
 from tightfit.core.fields import check_bool
-from tightfit.core.transform import Slot, Transform
+from tightfit.core.transform import Context, Slot, Transform
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Checkpointing(Transform):
     def __post_init__(self) -> None:
         check_bool(self, "offload")
 
-    def edits(self, model: nn.Module) -> Iterator[Edit]:
+    def edits(self, model: nn.Module, context: Context) -> Iterator[Edit]:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise UnsupportedModelError(
                 f"Checkpointing: {type(model).__name__} does not support gradient checkpointing in transformers"

@@ -14,7 +14,7 @@ from tightfit.core.edits import Edit, Handle
 from tightfit.core.errors import StateError, UnsupportedModelError
 from tightfit.core.fields import check_bool, check_float, check_int, check_selector
 from tightfit.core.select import select
-from tightfit.core.transform import Slot, Transform
+from tightfit.core.transform import Context, Slot, Transform
 
 ADAPTER = "default"
 
@@ -72,25 +72,23 @@ class Lora(Transform):
             return
         if not isinstance(self.config, dict):
             if not hasattr(self.config, "to_dict") or not hasattr(self.config, "peft_type"):
-                raise TypeError(
-                    f"Lora(config=...): got {self.config!r}, accepted is a peft config or its dict"
-                )
+                raise TypeError(f"Lora(config=...): got {self.config!r}, accepted is a peft config or its dict")
             object.__setattr__(self, "config", _config_fields(self.config))
         if "peft_type" not in self.config:
-            raise ValueError(
-                "Lora(config=...): the dict has no 'peft_type', accepted is PeftConfig.to_dict()"
-            )
+            raise ValueError("Lora(config=...): the dict has no 'peft_type', accepted is PeftConfig.to_dict()")
         mixed = [
             f
             for f, default in (("rank", 8), ("alpha", 16.0), ("dropout", 0.0), ("where", None))
             if getattr(self, f) != default
         ]
         if mixed:
-            raise ValueError(
-                f"Lora({mixed[0]}=..., config=...): give either the fields or a peft config, not both"
-            )
+            raise ValueError(f"Lora({mixed[0]}=..., config=...): give either the fields or a peft config, not both")
 
-    def edits(self, model: nn.Module) -> Iterator[Edit]:
+    def freezes(self, model: nn.Module) -> Iterator[str]:
+        head = set(hfmodel.head_parameters(model)) if self.train_head else set()
+        return (name for name, _ in model.named_parameters() if name not in head)
+
+    def edits(self, model: nn.Module, context: Context) -> Iterator[Edit]:
         for name, module in model.named_modules():
             if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
                 raise StateError(
@@ -104,9 +102,7 @@ class Lora(Transform):
             if self.config is None
             else str(self.config["peft_type"])
         )
-        yield AdapterEdit(
-            targets=tuple(targets), config=self._peft_config(model, targets), head=head, note=note
-        )
+        yield AdapterEdit(targets=tuple(targets), config=self._peft_config(model, targets), head=head, note=note)
 
     def _targets(self, model: nn.Module) -> list[str]:
         if self.config is not None:
