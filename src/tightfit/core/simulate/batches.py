@@ -1,0 +1,123 @@
+"""Example batches: small real tensors that a model of a known task can be trained on."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tightfit.core.errors import SimulationError
+
+_TASKS = {
+    "ForSequenceClassification": "sequence",
+    "ForTokenClassification": "token",
+    "ForQuestionAnswering": "span",
+    "ForMaskedLM": "lm",
+    "ForCausalLM": "lm",
+    "LMHeadModel": "lm",
+    "ForConditionalGeneration": "seq2seq",
+    "ForImageClassification": "image",
+    "ForMultipleChoice": "choice",
+}
+
+
+def task_of(model: nn.Module) -> str | None:
+    """The task a transformers model is made for, read from its class name; None where it says nothing."""
+    model = _inner(model)
+    for cls in type(model).__mro__:
+        for ending, task in _TASKS.items():
+            if cls.__name__.endswith(ending):
+                return task
+    return None
+
+
+def example_batch(model: nn.Module, batch_size: int, length: int, *, padded: bool = True) -> dict[str, torch.Tensor]:
+    """A batch with labels that fits the model's task; on the CPU, a few kilobytes but for images.
+
+    Args:
+        model: a transformers model (adapted by PEFT or by a recipe or not) with a task head.
+        batch_size: rows.
+        length: tokens per row; for images it is ignored, the size is the config's. An encoder-decoder gets as many
+            target tokens.
+        padded: the last row is a quarter shorter, so the model builds its padding mask as for real text. False
+            gives full rows with an all-ones mask.
+
+    Raises:
+        SimulationError: sizes below 1, a length above the model's positions, or a task that is not known here.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> small = BertConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8)
+        >>> {k: tuple(v.shape) for k, v in example_batch(BertForSequenceClassification(small), 4, 16).items()}
+        {'input_ids': (4, 16), 'attention_mask': (4, 16), 'labels': (4,)}
+    """
+    if batch_size < 1 or length < 1:
+        raise SimulationError(f"batch: got ({batch_size}, {length}), both must be at least 1")
+    config, task = _inner(model).config, task_of(model)
+    if task == "image":
+        side = config.image_size if isinstance(config.image_size, (tuple, list)) else [config.image_size] * 2
+        pixels = torch.zeros(batch_size, getattr(config, "num_channels", 3), *side, dtype=_float_dtype(model))
+        return {"pixel_values": pixels, "labels": _labels(config, (batch_size,))}
+    if task is None:
+        raise SimulationError(
+            f"batch: no example batch is known for {type(_inner(model)).__name__}; give a dict of tensors with labels"
+        )
+    _check_length(config, length)
+    rows = (batch_size, length)
+    ids, mask = _tokens(config, rows), torch.ones(rows, dtype=torch.long)
+    short = length - max(1, length // 4) if padded and length > 1 else length
+    mask[-1, short:] = 0
+    pad = getattr(config, "pad_token_id", None)
+    if pad is not None:
+        ids[-1, short:] = pad
+    out = {"input_ids": ids, "attention_mask": mask}
+    if task == "sequence":
+        out["labels"] = _labels(config, (batch_size,))
+        eos = getattr(config, "eos_token_id", None)
+        if config.is_encoder_decoder and isinstance(eos, int):
+            ids[ids == eos] = max(0, eos - 1)
+            ids[:, short - 1] = eos  # BART classifies at the end-of-sequence token
+    elif task == "token":
+        out["labels"] = _labels(config, rows)
+    elif task == "span":
+        out["start_positions"] = out["end_positions"] = torch.zeros(batch_size, dtype=torch.long)
+    elif task == "choice":
+        out = {key: value[:, None].expand(-1, 2, -1).contiguous() for key, value in out.items()}
+        out["labels"] = torch.zeros(batch_size, dtype=torch.long)
+    else:
+        out["labels"] = ids.masked_fill(mask == 0, -100)
+    return out
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    get_base = getattr(model, "get_base_model", None)
+    return get_base() if callable(get_base) else model
+
+
+def _tokens(config, rows: tuple[int, int]) -> torch.Tensor:
+    """Ids that are no special tokens of the usual vocabularies, where the vocabulary is large enough."""
+    vocabulary = getattr(config, "vocab_size", None) or config.get_text_config().vocab_size
+    first = min(10, vocabulary - 1)
+    count = rows[0] * rows[1]
+    return (first + torch.arange(count) % max(1, min(vocabulary - first, 1000))).view(rows)
+
+
+def _labels(config, shape: tuple[int, ...]) -> torch.Tensor:
+    number = getattr(config, "num_labels", 2)
+    problem = getattr(config, "problem_type", None)
+    if problem == "regression" or (problem is None and number == 1):
+        return torch.zeros(shape if number == 1 else (*shape, number))
+    if problem == "multi_label_classification":
+        return torch.zeros(*shape, number)
+    return torch.zeros(shape, dtype=torch.long)
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
+
+
+def _check_length(config, length: int) -> None:
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    learned = getattr(text, "model_type", "") in ("bert", "roberta", "distilbert", "gpt2", "opt", "bart", "electra")
+    if learned and limit is not None and length > limit:
+        raise SimulationError(f"batch: length {length} is above the model's {limit} positions")

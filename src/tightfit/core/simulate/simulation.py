@@ -1,0 +1,160 @@
+"""`simulate`: the step, its levels, and what they add up to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tightfit.core.simulate import timeline
+from tightfit.core.simulate.batches import example_batch
+from tightfit.core.simulate.counts import Counts
+from tightfit.core.simulate.step import Loss, StepOptions, trace_step
+from tightfit.core.simulate.tracker import PHASES, Trace
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """Live bytes at the highest moment of every operator, for a plot.
+
+    Attributes:
+        phases, modules, operators: where each point belongs.
+        categories: category -> bytes per point; stacked they are the level.
+        peak: index of the peak.
+    """
+
+    phases: list[str]
+    modules: list[str]
+    operators: list[str]
+    categories: dict[str, list[int]]
+    peak: int
+
+    @property
+    def levels(self) -> list[int]:
+        """Live bytes per point."""
+        return [sum(parts) for parts in zip(*(v for k, v in self.categories.items() if k != "host"))]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """What one training step will take. Bytes are what the allocator hands out, not what it reserves.
+
+    Attributes:
+        peak_bytes: highest level of the step, weights, optimizer state and batch included.
+        by_category: the peak by weights, gradients, optimizer, activations (the batch is counted here), temporary;
+            "host" stands beside them: stores in host memory that the allocator does not hold.
+        phases: phase -> highest level in it; of forward, backward, recompute, clip, optimizer, zero_grad.
+        peak_phase, peak_module, peak_operator: where the peak is.
+        saved_bytes: unique storages kept for backward, parameters and buffers left out.
+        saved_by_module: the same by the module that made them.
+        static_bytes: alive before the step: weights, optimizer state, batch.
+        flops, bytes_moved, exponentials, draws, operators: phase -> counts for the time model (elements of exp-like
+            functions, random numbers drawn, operators that are no views).
+        timeline: live bytes over the step.
+        slack_bytes: how much more the peak may be because something could not be seen here.
+        notes: what was modelled, extrapolated or left out.
+    """
+
+    peak_bytes: int
+    by_category: dict[str, int]
+    phases: dict[str, int]
+    peak_phase: str
+    peak_module: str
+    peak_operator: str
+    saved_bytes: int
+    saved_by_module: dict[str, int]
+    static_bytes: int
+    flops: dict[str, int]
+    bytes_moved: dict[str, int]
+    exponentials: dict[str, int]
+    draws: dict[str, int]
+    operators: dict[str, int]
+    timeline: Timeline
+    slack_bytes: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def simulate(
+    model: nn.Module,
+    batch: Mapping[str, Any] | tuple[int, int],
+    *,
+    optimizer: Any = "adamw",
+    clip: float | None = None,
+    autocast: torch.dtype | None = None,
+    loss: Loss | None = None,
+    device: str = "cpu",
+    extrapolate: str | bool = "auto",
+    train: bool = True,
+    accumulate: int = 1,
+) -> Simulation:
+    """Predict the allocator's peak of one training step, without running it and without weights.
+
+    Args:
+        model: real, on `meta`, or transformed; it is copied, never changed.
+        batch: a dict of real tensors, or (batch size, length) for a padded example batch. Padding matters: a batch
+            without any builds no mask.
+        optimizer: one of `OPTIMIZERS`, or a callable from the trainable parameters to an optimizer. Its state
+            exists already, as in every step but the first.
+        clip: largest gradient norm, or None for no clipping.
+        autocast: dtype of a mixed-precision forward.
+        loss: from the model's outputs to a scalar; `outputs.loss` by default.
+        device: "cpu" is exact; "cuda" is modelled on the CPU.
+        extrapolate: "auto" simulates a few blocks of a long stack where that gives the same answer; False never.
+        train: False simulates a forward without gradients in evaluation mode.
+        accumulate: micro-batches per step.
+
+    Raises:
+        SimulationError: the step needs values or kernels that a simulation does not have, or an argument is wrong.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> with torch.device("meta"):
+        ...     model = BertForSequenceClassification(BertConfig(num_hidden_layers=2))
+        >>> simulate(model, (16, 128)).peak_phase
+        'optimizer'
+    """
+    if isinstance(batch, tuple):
+        batch = example_batch(model, *batch)
+    options = StepOptions(
+        optimizer=optimizer, clip=clip, autocast=autocast, loss=loss, device=device, train=train, accumulate=accumulate
+    )
+    trace, counts = trace_step(model, batch, options)
+    return _assemble(trace, counts)
+
+
+def _assemble(trace: Trace, counts: Counts) -> Simulation:
+    found = timeline.levels(trace)
+    peak_bytes, at = timeline.peak(found, trace)
+    split = dict(zip(timeline.CATEGORIES, found.categories[at]))
+    saved = timeline.saved_by_module(trace)
+    return Simulation(
+        peak_bytes=peak_bytes,
+        by_category=split,
+        phases=timeline.phase_maxima(found, trace),
+        peak_phase=PHASES[trace.phases[at]],
+        peak_module=trace.modules[at],
+        peak_operator=trace.names[at],
+        saved_bytes=sum(saved.values()),
+        saved_by_module=saved,
+        static_bytes=found.static,
+        flops=_named(counts.flops),
+        bytes_moved=_named(counts.bytes_moved),
+        exponentials=_named(counts.exponentials),
+        draws=_named(counts.draws),
+        operators=_named(counts.operators),
+        timeline=Timeline(
+            [PHASES[p] for p in trace.phases],
+            trace.modules,
+            trace.names,
+            {name: [split[i] for split in found.categories] for i, name in enumerate(timeline.CATEGORIES)},
+            at,
+        ),
+    )
+
+
+def _named(table: dict[int, int]) -> dict[str, int]:
+    return {PHASES[phase]: amount for phase, amount in sorted(table.items())}

@@ -1,0 +1,104 @@
+"""The simulated step against the allocator's own account of the same step."""
+
+import gc
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from tightfit.core import memory
+from tightfit.core.errors import SimulationError
+from tightfit.core.simulate import example_batch, simulate
+
+
+def bert(**settings):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    return BertForSequenceClassification(BertConfig(**{**sizes, "vocab_size": 500, **settings})).train()
+
+
+def llama(**settings):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, "intermediate_size": 128, "vocab_size": 500, **settings})).train()
+
+
+def measured_peak(model, batch, optimizer, clip=None):
+    """Allocator truth of a warm step, and the bytes it saves for backward."""
+
+    def step():
+        loss = model(**batch).loss
+        loss.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    gc.collect()
+    gc.disable()
+    try:
+        peak = memory.allocator_peak(step)
+    finally:
+        gc.enable()
+    return peak, memory.saved_bytes(step)
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+@pytest.mark.parametrize("padded", [True, False])
+def test_peak_and_saved_bytes_are_the_allocators(make, padded):
+    model = make()
+    batch = example_batch(model, 4, 32, padded=padded)
+    found = simulate(model, batch)
+    peak, saved = measured_peak(model, batch, torch.optim.AdamW(model.parameters(), lr=1e-4))
+    assert found.peak_bytes == pytest.approx(peak, rel=1e-4)
+    assert found.saved_bytes == saved
+
+
+def test_the_model_and_the_random_state_are_untouched():
+    model = bert().eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    simulate(model, (2, 16))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_skeleton_gives_the_same_figure_as_the_model():
+    with torch.device("meta"):
+        skeleton = bert()
+    assert simulate(skeleton, (4, 32)).peak_bytes == simulate(bert(), (4, 32)).peak_bytes
+
+
+def test_categories_add_up_and_phases_hold_the_peak():
+    found = simulate(bert(), (4, 32), clip=1.0)
+    assert sum(size for name, size in found.by_category.items() if name != "host") == found.peak_bytes
+    assert max(found.phases.values()) == found.peak_bytes == found.phases[found.peak_phase]
+    assert max(found.timeline.levels) == found.timeline.levels[found.timeline.peak] == found.peak_bytes
+
+
+def test_a_value_read_from_data_is_named_with_its_module():
+    class Reads(torch.nn.Module):
+        def forward(self, x):
+            return x * x.abs().max().item()
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Sequential(torch.nn.Linear(4, 4), Reads())
+
+        def forward(self, x):
+            return {"loss": self.inner(x).sum()}
+
+    with pytest.raises(SimulationError, match=r"_local_scalar_dense.* inner\.1"):
+        simulate(Model(), {"x": torch.zeros(2, 4)}, loss=lambda out: out["loss"])
+
+
+def test_missing_labels_and_wrong_names_are_refused():
+    model = bert()
+    batch = example_batch(model, 2, 8)
+    with pytest.raises(SimulationError, match="no loss"):
+        simulate(model, {k: v for k, v in batch.items() if k != "labels"})
+    with pytest.raises(SimulationError, match="adamw-foreach"):
+        simulate(model, batch, optimizer="adam")
+    with pytest.raises(SimulationError, match="at least 1"):
+        simulate(model, (0, 8))
