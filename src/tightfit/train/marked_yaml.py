@@ -35,9 +35,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes whatever either reading of YAML would take for something else than text."""
 
-    yaml_implicit_resolvers: ClassVar[dict] = {
-        k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()
-    }
+    yaml_implicit_resolvers: ClassVar[dict] = {k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}
 
 
 for _tag, _pattern, _first in _SCALARS:
@@ -114,8 +112,7 @@ def _value(
     parents = (*parents, id(node))
     if isinstance(node, yaml.SequenceNode):
         return [
-            _value(loader, item, (*key_path, i), name, places, single, parents)
-            for i, item in enumerate(node.value)
+            _value(loader, item, (*key_path, i), name, places, single, parents) for i, item in enumerate(node.value)
         ]
     if not isinstance(node, yaml.MappingNode):
         try:

@@ -201,9 +201,7 @@ def is_local(name: str) -> bool:
     return looks or Path(name).expanduser().exists()
 
 
-_FILE_SUFFIX = re.compile(
-    r"\.(tsv|csv|jsonl|json|parquet|conll|txt|npz|yaml|safetensors)(\.gz)?$|\.gz$|-ubyte$"
-)
+_FILE_SUFFIX = re.compile(r"\.(tsv|csv|jsonl|json|parquet|conll|txt|npz|yaml|safetensors)(\.gz)?$|\.gz$|-ubyte$")
 
 
 def _recipe(methods: Any) -> Recipe:
@@ -237,9 +235,7 @@ def _check_methods(parsed: RecipeFile, places: dict[KeyPath, str], path: Path) -
 def _override(content: dict, places: dict[KeyPath, str], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted or "" in dotted.split("."):
-        raise RecipeError(
-            f"override {override!r}: accepted is key=value with a dotted key, as in train.epochs=1"
-        )
+        raise RecipeError(f"override {override!r}: accepted is key=value with a dotted key, as in train.epochs=1")
     where = f"override {override!r}"
     value = parse_value(text, where)
     holder: Any = content
@@ -284,11 +280,7 @@ def _explain(error: ValidationError, content: Any, places: dict[KeyPath, str], p
         key_path: KeyPath = ()
         found: Any = content
         for part in problem["loc"]:
-            if (
-                part in found
-                if isinstance(found, dict)
-                else isinstance(found, list) and isinstance(part, int)
-            ):
+            if part in found if isinstance(found, dict) else isinstance(found, list) and isinstance(part, int):
                 found = found[part]
             elif problem["type"] != "missing":
                 continue
@@ -307,9 +299,7 @@ def _reason(problem: Any, key_path: KeyPath) -> str:
         return f"unknown key, accepted are {', '.join(known)}{near(key_path[-1], known)}"
     if kind == "missing":
         section = _section(key_path[:-1])
-        example = {"task": get_args(Task)[0], "output": "runs/my-run", "train": "data.tsv"}.get(
-            str(key_path[-1])
-        )
+        example = {"task": get_args(Task)[0], "output": "runs/my-run", "train": "data.tsv"}.get(str(key_path[-1]))
         hint = f", as in {key_path[-1]}: {example}" if example else ""
         return f"this key is required{hint}" + (
             f"; accepted keys are {', '.join(section.model_fields)}" if section else ""
@@ -360,7 +350,5 @@ def _locate(parsed: RecipeFile, path: Path) -> RecipeFile:
         candidate = path.parent / name
         return str(candidate) if candidate.exists() else name
 
-    data = parsed.data.model_copy(
-        update={"train": beside(parsed.data.train), "eval": beside(parsed.data.eval)}
-    )
+    data = parsed.data.model_copy(update={"train": beside(parsed.data.train), "eval": beside(parsed.data.eval)})
     return parsed.model_copy(update={"model": beside(parsed.model), "data": data})

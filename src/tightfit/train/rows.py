@@ -34,6 +34,7 @@ class Rows:
     lines: Sequence[int]  # 1-based line of each row's start, or its number where a file has no lines
     unit: str = "line"
     classes: dict[str, tuple[str, ...]] = field(default_factory=dict)  # class order a data set declares
+    running: bool = False  # rows are the lines of one running text, with their newlines
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -68,7 +69,7 @@ class Rows:
     def take(self, rows: Sequence[int]) -> Rows:
         """The given rows, in the given order."""
         columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
-        return Rows(self.source, columns, [self.lines[i] for i in rows], self.unit, self.classes)
+        return Rows(self.source, columns, [self.lines[i] for i in rows], self.unit, self.classes, self.running)
 
 
 def read_rows(
@@ -192,11 +193,7 @@ def _table(
                 blank = blank or number  # an error only when rows follow
                 continue
             many = "many" if len(record) > width else "few"
-            last = (
-                f"{names[-1]!r} is the last column"
-                if many == "many"
-                else f"{names[len(record)]!r} is missing"
-            )
+            last = f"{names[-1]!r} is the last column" if many == "many" else f"{names[len(record)]!r} is missing"
             raise DataError(
                 f"{source}, line {number}: too {many} fields: got {len(record)}, expected {width} "
                 f"({', '.join(names)}); {last}"
@@ -248,9 +245,7 @@ def _objects(objects: Iterable[tuple[int, Any]], source: str, limit: int | None)
         if limit is not None and len(kept) == limit:
             break
         if not isinstance(item, dict):
-            raise DataError(
-                f"{source}, line {number}: got {_brief(item)}, accepted is an object with named columns"
-            )
+            raise DataError(f"{source}, line {number}: got {_brief(item)}, accepted is an object with named columns")
         names.update(dict.fromkeys(item))
         kept.append(item)
         lines.append(number)
@@ -300,9 +295,7 @@ def _read_json(lines: Iterator[str], source: str, columns: Sequence[str] | None,
     def objects() -> Iterator[tuple[int, Any]]:
         at, number, counted = skip(0), 1, 0
         if text[at] != "[":
-            raise DataError(
-                f"{source}: accepted is a list of objects, the file begins with {text[at : at + 10]!r}"
-            )
+            raise DataError(f"{source}: accepted is a list of objects, the file begins with {text[at : at + 10]!r}")
         at = skip(at + 1)
         while text[at : at + 1] != "]":
             number, counted = number + text.count("\n", counted, at), at
@@ -342,9 +335,7 @@ def _read_conll(lines: Iterator[str], source: str, columns: Sequence[str] | None
         line = line.rstrip("\r\n")
         fields = line.split("\t") if "\t" in line else line.split(" ")
         if len(fields) < 2 or not fields[0].strip() or not fields[-1].strip():
-            raise DataError(
-                f"{source}, line {number}: got {line!r}, accepted is a token and its tag, tab-separated"
-            )
+            raise DataError(f"{source}, line {number}: got {line!r}, accepted is a token and its tag, tab-separated")
         start = start if tokens else number
         tokens.append(fields[0])
         tags.append(fields[-1].strip())
@@ -364,7 +355,7 @@ def _read_txt(lines: Iterator[str], source: str, columns: Sequence[str] | None, 
         kept.append(line)
     if not any(line.strip() for line in kept):
         raise DataError(f"{source}: the file is empty")
-    return Rows(source, {"text": kept}, range(1, len(kept) + 1))
+    return Rows(source, {"text": kept}, range(1, len(kept) + 1), running=True)
 
 
 def _read_parquet(file: IO[bytes], source: str, limit: int | None) -> Rows:
@@ -374,9 +365,7 @@ def _read_parquet(file: IO[bytes], source: str, limit: int | None) -> Rows:
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(file.read()))
     except pyarrow.ArrowException as error:
-        raise DataError(
-            f"{source}: not a readable parquet file: {' '.join(str(error).split())[:200]}"
-        ) from None
+        raise DataError(f"{source}: not a readable parquet file: {' '.join(str(error).split())[:200]}") from None
     table = table if limit is None else table.slice(0, limit)
     if not table.num_rows:
         raise DataError(f"{source}: the file has columns ({', '.join(table.column_names)}) but no rows")
