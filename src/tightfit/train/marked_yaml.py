@@ -75,7 +75,10 @@ def parse_value(text: str, where: str) -> Any:
 
 def dump_yaml(content: Any) -> str:
     """Plain values as YAML that reads back equal, here and in YAML 1.1 readers."""
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    if re.search("[\x85\u2028\u2029]", text):  # YAML folds these line breaks to a space unless escaped
+        text = yaml.dump(content, Dumper=_Dumper, sort_keys=False)
+    return text
 
 
 def _compose(text: str, name: str, places: dict[KeyPath, str], single: bool = False) -> Any:

@@ -287,7 +287,8 @@ def _explain(error: ValidationError, content: Any, places: dict[KeyPath, str], p
             key_path += (part,)
         holder = key_path[:-1] if problem["type"] == "missing" else key_path
         problems.append((f"{_place(places, holder, path)}: {_dotted(key_path)}: ", problem, key_path))
-    where, problem, key_path = problems[0]
+    # a misspelt key is a missing one too: say the first
+    where, problem, key_path = min(problems, key=lambda p: p[1]["type"] != "extra_forbidden")
     return where + _reason(problem, key_path)
 
 

@@ -172,14 +172,17 @@ def _quiet() -> Iterator[None]:
     """No report of missing weights: a new head is what was asked for. No bar for a load of a moment."""
     from transformers.utils import logging as hf_logging
 
+    def wanted(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
     logger = logging.getLogger("transformers.modeling_utils")
-    level, bars = logger.level, hf_logging.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
+    bars = hf_logging.is_progress_bar_enabled()
+    logger.addFilter(wanted)
     hf_logging.disable_progress_bar()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(wanted)
         if bars:
             hf_logging.enable_progress_bar()
 
