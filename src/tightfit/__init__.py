@@ -22,7 +22,7 @@ from tightfit.core.plan import Plan, plan
 from tightfit.core.recipe import Recipe, chain
 from tightfit.core.skeleton import skeleton
 from tightfit.core.transform import Slot, Transform
-from tightfit.methods import Checkpointing, Lora, methods
+from tightfit.methods import Checkpointing, Lora, PartialEmbedding, methods
 
 __all__ = [
     "Applied",
@@ -33,6 +33,7 @@ __all__ = [
     "DataError",
     "Lora",
     "Measurement",
+    "PartialEmbedding",
     "Plan",
     "Recipe",
     "RecipeError",

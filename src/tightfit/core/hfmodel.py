@@ -114,6 +114,11 @@ def unique_storage_bytes(tensors) -> int:
     return sum(storages.values())
 
 
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether values can be looked at now: not on meta, not fake, not inside a compiled graph."""
+    return not (torch.compiler.is_compiling() or tensor.is_meta or type(tensor).__name__ == "FakeTensor")
+
+
 def refuse_wrapped(model: nn.Module) -> str | None:
     """Why a recipe cannot be applied to this model now (sharded or wrapped for data parallelism), or None."""
     if type(model).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):

@@ -90,12 +90,22 @@ def _tight_type(stock: type, mixins: tuple[type, ...], keep_name: bool) -> type:
         return stock
     key = (stock, mixins, keep_name)
     if key not in _types:
-        namespace: dict[str, Any] = {"__module__": stock.__module__}
+        namespace: dict[str, Any] = {"__module__": stock.__module__, "__new__": _builds_stock(stock)}
         if any("forward" in vars(mixin) for mixin in mixins):
             namespace["forward"] = _with_signature(stock, mixins)
         name = stock.__name__ if keep_name else f"Tight{stock.__name__}"
         _types[key] = type(name, (*reversed(mixins), stock), namespace)
     return _types[key]
+
+
+def _builds_stock(stock: type):
+    """`type(model).from_pretrained(...)` and `type(model)(config)` must give a stock model, not a stateless edit."""
+
+    def __new__(cls, *args, **kwargs):
+        # deepcopy makes its empty instance without arguments
+        return stock(*args, **kwargs) if args or kwargs else object.__new__(cls)
+
+    return __new__
 
 
 def _with_signature(stock: type, mixins: tuple[type, ...]):

@@ -87,7 +87,7 @@ class Transform:
     def to_dict(self) -> dict[str, Any]:
         """Fields that differ from their defaults, as JSON values."""
         out = {}
-        for field in dataclasses.fields(self):
+        for field in _recorded(self):
             value = getattr(self, field.name)
             if value != _default(field):
                 out[field.name] = _plain(value)
@@ -100,9 +100,7 @@ class Transform:
 
     def __repr__(self) -> str:
         shown = ", ".join(
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != _default(f)
+            f"{f.name}={getattr(self, f.name)!r}" for f in _recorded(self) if getattr(self, f.name) != _default(f)
         )
         return f"{type(self).__name__}({shown})"
 
@@ -110,6 +108,11 @@ class Transform:
         super().__init_subclass__(**kwargs)
         # dataclass(repr=True) would write its own repr over ours, which leaves defaults out
         cls.__repr__ = Transform.__repr__  # type: ignore[method-assign]
+
+
+def _recorded(transform: Transform) -> list[dataclasses.Field]:
+    """The fields that make up the value; the others (a tokenizer for messages) are conveniences of this process."""
+    return [field for field in dataclasses.fields(transform) if field.compare]
 
 
 def _default(field: dataclasses.Field) -> Any:

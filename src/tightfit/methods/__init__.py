@@ -4,8 +4,9 @@ from tightfit.core.recipe import method_classes
 from tightfit.core.transform import Transform
 from tightfit.methods.checkpointing import Checkpointing
 from tightfit.methods.lora import Lora
+from tightfit.methods.partial_embedding import PartialEmbedding
 
-__all__ = ["Checkpointing", "Lora", "methods"]
+__all__ = ["Checkpointing", "Lora", "PartialEmbedding", "methods"]
 
 
 def methods() -> list[type[Transform]]:

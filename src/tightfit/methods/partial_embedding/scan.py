@@ -73,7 +73,7 @@ def count_ids(
     columns = [columns] if isinstance(columns, str) else columns
     counts = np.zeros(size, dtype=np.int64)
     rows = 0
-    with _progress_bar(progress) as bar, _kept_tokenizer_state(tokenizer):
+    with _progress_bar(progress) as bar, kept_tokenizer_state(tokenizer):
         for split, source in reading.splits(data):
             place = f" of split {split!r}" if split else ""
             start = 0
@@ -110,7 +110,7 @@ def required_ids(tokenizer: Any = None, model: Any = None) -> tuple[list[int], d
     if tokenizer is not None:
         limit = limit if limit is not None else _vocab_size(None, tokenizer)
         special = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens)
-        reasons |= {token_id: f"special token {token!r}" for token_id, token in special}
+        reasons |= {token_id: f"special token {token!r}" for token_id, token in special if token_id is not None}
         reasons |= {token_id: why for token_id, why in byte_ids(tokenizer).items() if token_id not in reasons}
     kept = sorted(i for i in reasons if limit is None or 0 <= i < limit)
     return kept, {i: reasons[i] for i in kept}
@@ -119,11 +119,14 @@ def required_ids(tokenizer: Any = None, model: Any = None) -> tuple[list[int], d
 def byte_ids(tokenizer: Any) -> dict[int, str]:
     """Ids with which a tokenizer spells any text byte by byte, and why; none where it cannot."""
     backend, vocab = getattr(tokenizer, "backend_tokenizer", None), tokenizer.get_vocab()
+    prefix = suffix = ""
     if backend is None:
         falls_back, byte_level = "<0x00>" in vocab and "<0xFF>" in vocab, False
     else:
         spec = json.loads(backend.to_str())
         falls_back = bool(spec["model"].get("byte_fallback"))
+        prefix = spec["model"].get("continuing_subword_prefix") or ""
+        suffix = spec["model"].get("end_of_word_suffix") or ""
         byte_level = any('"ByteLevel"' in json.dumps(spec[part]) for part in ("normalizer", "pre_tokenizer"))
     found: dict[int, str] = {}
     if falls_back:
@@ -132,7 +135,9 @@ def byte_ids(tokenizer: Any) -> dict[int, str]:
     if byte_level:
         from tokenizers.pre_tokenizers import ByteLevel
 
-        found |= {vocab[c]: f"byte symbol {c!r}" for c in ByteLevel.alphabet() if c in vocab}
+        for c in ByteLevel.alphabet():  # in CLIP each byte has a second symbol, for the end of a word
+            names = (c, prefix + c, c + suffix, prefix + c + suffix)
+            found |= {vocab[name]: f"byte symbol {name!r}" for name in names if name in vocab}
     return found
 
 
@@ -214,7 +219,7 @@ def _check_range(rows: reading.Ragged, size: int, where: str, start: int) -> Non
 
 
 @contextlib.contextmanager
-def _kept_tokenizer_state(tokenizer: Any) -> Iterator[None]:
+def kept_tokenizer_state(tokenizer: Any) -> Iterator[None]:
     """Calling a tokenizer overwrites the truncation and padding stored in it; put them back."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -1,0 +1,391 @@
+"""Logits that are not computed until somebody looks at them, so that the loss never holds tokens x vocabulary.
+
+A language-model head under `DeferredHead` returns `DeferredLogits`: a tensor in type and shape that only remembers
+the hidden states. What models do between head and loss (upcast, scale, soft-cap, an added bias, slicing tokens,
+flattening) is remembered too; `cross_entropy` then runs chunked, straight from the hidden states. Any other use
+computes the real logits on the spot and goes on exactly as stock. So no model code is touched, and an unknown model
+is at worst as large as before, never wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tightfit.core.tight import state_of
+from tightfit.ops.linear_cross_entropy import linear_cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadRows:
+    """The rows a head multiplies with, in the order of the loss's class numbers.
+
+    Attributes:
+        weight: (K, d) rows that take part in the gradient (as far as they require it).
+        bias: (K,) or None.
+        frozen_weight: (D, d) rows that take part in the log-sum-exp only, wherever they live; or None.
+        frozen_bias: (D,) or None.
+        position: (V,) where each vocabulary id stands among the K + D rows, -1 for an absent one; None: the identity.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    frozen_weight: torch.Tensor | None = None
+    frozen_bias: torch.Tensor | None = None
+    position: torch.Tensor | None = None
+
+
+class HeadSource:
+    """Where a head's rows come from; the plain one reads the module itself."""
+
+    def rows(self, head: nn.Module) -> HeadRows:
+        return HeadRows(head.weight, getattr(head, "bias", None))  # type: ignore[arg-type]
+
+    def width(self, head: nn.Module) -> int:
+        return head.weight.shape[0]  # type: ignore[union-attr]
+
+    def logits(self, head: nn.Module, hidden: torch.Tensor, stock) -> torch.Tensor:
+        """The real logits (..., V); `stock` is the head's own forward."""
+        return stock(hidden)
+
+    def finish(self, head: nn.Module, logits: torch.Tensor) -> torch.Tensor:
+        """Last touch on real logits, after the model's own scaling and capping."""
+        return logits
+
+    def targets(self, head: nn.Module, target: torch.Tensor, ignore_index: int) -> torch.Tensor:
+        """Class numbers for vocabulary ids, in the order of `rows`."""
+        return target
+
+    def observe(self, head: nn.Module, hidden: torch.Tensor, target: torch.Tensor, scaling: Scaling) -> None:
+        """Called before each chunked loss with (N, d) and (N,), for methods that keep figures."""
+
+
+class DeferredHead:
+    """Mixin for a linear head: returns `DeferredLogits` instead of logits."""
+
+    def forward(self, hidden):
+        source: HeadSource = state_of(self, DeferredHead)["source"]  # type: ignore[arg-type]
+        if torch.compiler.is_compiling():
+            return source.logits(self, hidden, super().forward)  # type: ignore[misc, arg-type]
+        return DeferredLogits(hidden, self, super().forward, source)  # type: ignore[misc]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """z -> cap * tanh(scale * (z + shift) / cap), or scale * (z + shift) without a cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+    shift: torch.Tensor | None = None
+
+
+class DeferredLogits(torch.Tensor):
+    """A tensor in type, shape and dtype; its values are computed when something needs them."""
+
+    _hidden: torch.Tensor
+    _head: nn.Module
+    _stock: Any
+    _source: HeadSource
+    _steps: tuple
+    _real: torch.Tensor | None
+
+    @staticmethod
+    def __new__(cls, hidden, head, stock, source, steps=(), dtype=None):
+        shape = (*hidden.shape[:-1], source.width(head))
+        dtype = dtype or _output_dtype(hidden, head)
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
+        self._hidden, self._head, self._stock, self._source = hidden, head, stock, source
+        self._steps, self._real = steps, None
+        return self
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def materialise(self) -> torch.Tensor:
+        """The real logits, computed once."""
+        if self._real is None:
+            out = self._source.logits(self._head, self._hidden, self._stock)
+            for function, args, kwargs in self._steps:
+                out = function(out, *args, **kwargs)
+            self._real = self._source.finish(self._head, out)
+        return self._real
+
+    def _with(self, hidden=None, step=None, dtype=None) -> DeferredLogits:
+        steps = self._steps if step is None else (*self._steps, step)
+        return DeferredLogits(
+            self._hidden if hidden is None else hidden,
+            self._head,
+            self._stock,
+            self._source,
+            steps,
+            dtype or self._dtype(),
+        )
+
+    def _dtype(self) -> torch.dtype:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.dtype
+
+    def __repr__(self):  # type: ignore[override]
+        return f"DeferredLogits(shape={tuple(self.shape)})"
+
+    def __deepcopy__(self, memo):
+        return self.materialise().detach().clone()
+
+    def __reduce_ex__(self, protocol):
+        return self.materialise().__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            out = handler(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        args, kwargs = _real(args), _real(kwargs)
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return func(*_real(args), **_real(kwargs or {}))
+
+
+def _output_dtype(hidden: torch.Tensor, head: nn.Module) -> torch.dtype:
+    kind = hidden.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype
+
+
+def _real(value):
+    if isinstance(value, DeferredLogits):
+        return value.materialise()
+    if isinstance(value, tuple | list):
+        return type(value)(_real(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _real(v) for k, v in value.items()}
+    return value
+
+
+# -- what may stay deferred -------------------------------------------------------------------------------------
+
+
+def _float(logits):
+    return logits._with(step=(torch.Tensor.float, (), {}), dtype=torch.float32)
+
+
+def _to(logits, *args, **kwargs):
+    dtype = kwargs.get("dtype", args[0] if args else None)
+    if len(args) + len(kwargs) == 1 and dtype is not None and isinstance(dtype, torch.dtype):
+        return logits._with(step=(torch.Tensor.to, (dtype,), {}), dtype=dtype)
+    device = kwargs.get("device", args[0] if args else None)
+    if len(args) + len(kwargs) == 1 and isinstance(device, torch.device) and device == logits.device:
+        return logits
+    return NotImplemented
+
+
+def _same(logits, *args, **kwargs):
+    return logits
+
+
+def _multiply(logits, factor):
+    if isinstance(logits, DeferredLogits) and isinstance(factor, int | float):
+        return logits._with(step=(torch.mul, (factor,), {}))
+    return NotImplemented
+
+
+def _divide(logits, factor, **kwargs):
+    if isinstance(logits, DeferredLogits) and isinstance(factor, int | float) and not kwargs:
+        return logits._with(step=(torch.div, (factor,), {}))
+    return NotImplemented
+
+
+def _tanh(logits):
+    return logits._with(step=(torch.tanh, (), {}))
+
+
+def _add(logits, other, **kwargs):
+    if not isinstance(logits, DeferredLogits) or not torch.is_tensor(other) or kwargs or other.requires_grad:
+        return NotImplemented
+    if isinstance(other, DeferredLogits) or other.numel() != logits.shape[-1] or other.shape[-1] != other.numel():
+        return NotImplemented
+    if other.dtype != logits.dtype:
+        return NotImplemented
+    return logits._with(step=(torch.add, (other,), {}))
+
+
+def _view(logits, *shape, **kwargs):
+    sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list | torch.Size) else shape
+    if kwargs or not all(isinstance(s, int) for s in sizes) or not sizes or sizes[-1] not in (logits.shape[-1], -1):
+        return NotImplemented
+    if sizes[-1] == -1 and any(s == -1 for s in sizes[:-1]):
+        return NotImplemented
+    leading = sizes[:-1]
+    if sizes[-1] == -1 and _product(leading) != _product(logits.shape[:-1]):
+        return NotImplemented
+    return logits._with(hidden=logits._hidden.reshape(*leading, logits._hidden.shape[-1]))
+
+
+def _flatten(logits, start_dim=0, end_dim=-1):
+    last = logits.dim() - 1
+    if end_dim % logits.dim() == last:
+        return NotImplemented
+    return logits._with(hidden=logits._hidden.flatten(start_dim, end_dim))
+
+
+def _item(logits, index):
+    """Slices of the token dimensions; the vocabulary dimension must stay whole."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if Ellipsis in [p for p in parts if not torch.is_tensor(p)]:
+        if len(parts) != 2 or parts[0] is not Ellipsis or not isinstance(parts[1], slice):
+            if (
+                len(parts) == 3
+                and parts[0] is Ellipsis
+                and parts[2] == slice(None)
+                and isinstance(parts[1], slice | int)
+            ):
+                return logits._with(hidden=logits._hidden[..., parts[1], :])
+            return NotImplemented
+        return NotImplemented if parts[1] != slice(None) else logits
+    if len(parts) > logits.dim() or any(p is None or isinstance(p, bool) for p in parts):
+        return NotImplemented
+    if len(parts) == logits.dim():
+        if not isinstance(parts[-1], slice) or parts[-1] != slice(None):
+            return NotImplemented
+        parts = parts[:-1]
+    if not all(isinstance(p, slice | int) for p in parts):
+        return NotImplemented
+    return logits._with(hidden=logits._hidden[parts] if parts else logits._hidden)
+
+
+def _product(sizes) -> int:
+    out = 1
+    for size in sizes:
+        out *= size
+    return out
+
+
+def _scaling(steps: tuple) -> Scaling | None:
+    """The steps as one scaling, or None when they are something else."""
+    scale, cap, shift = 1.0, None, None
+    for function, args, _ in steps:
+        if function in (torch.Tensor.float, torch.Tensor.to):
+            continue
+        if function in (torch.mul, torch.div):
+            factor = args[0] if function is torch.mul else 1.0 / args[0]
+            if cap is None:
+                scale *= factor
+            else:
+                cap *= factor  # the factor behind tanh
+        elif function is torch.tanh and cap is None:
+            cap = 1.0
+        elif function is torch.add and shift is None and scale == 1.0 and cap is None:
+            shift = args[0].reshape(-1)
+        else:
+            return None
+    # so far: cap * tanh(scale * z); the operator wants cap * tanh(scale' * z / cap)
+    return Scaling(scale if cap is None else scale * cap, cap, shift)
+
+
+def _cross_entropy(
+    logits,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
+    label_smoothing=0.0,
+):
+    if not isinstance(logits, DeferredLogits) or isinstance(target, DeferredLogits) or weight is not None:
+        return NotImplemented
+    if size_average is not None or reduce is not None or logits.dim() != 2 or target.dim() != 1:
+        return NotImplemented
+    scaling = _scaling(logits._steps)
+    if scaling is None or target.is_floating_point() or logits._real is not None:
+        return NotImplemented
+    source, head = logits._source, logits._head
+    rows = source.rows(head)
+    source.observe(head, logits._hidden, target, scaling)
+    bias, frozen_bias = _shifted(rows, scaling.shift)
+    loss = linear_cross_entropy(
+        logits._hidden,
+        rows.weight,
+        source.targets(head, target, ignore_index),
+        bias=bias,
+        frozen_weight=rows.frozen_weight,
+        frozen_bias=frozen_bias,
+        scale=scaling.scale,
+        softcap=scaling.cap,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    return loss if logits.dtype == loss.dtype else loss.to(logits.dtype)
+
+
+def _shifted(rows: HeadRows, shift: torch.Tensor | None):
+    """The biases with a vocabulary-wide constant added (BART's final_logits_bias)."""
+    if shift is None:
+        return rows.bias, rows.frozen_bias
+    if rows.position is None:
+        return (shift if rows.bias is None else rows.bias + shift), None
+    kept = rows.weight.shape[0]
+    in_order = shift.new_zeros(kept + (0 if rows.frozen_weight is None else rows.frozen_weight.shape[0]))
+    present = rows.position >= 0
+    in_order = in_order.index_put((rows.position.clamp_min(0),), torch.where(present, shift, 0), accumulate=True)
+    bias = in_order[:kept] if rows.bias is None else rows.bias + in_order[:kept]
+    if rows.frozen_weight is None:
+        return bias, None
+    frozen = in_order[kept:]
+    return bias, frozen if rows.frozen_bias is None else rows.frozen_bias + frozen
+
+
+_METADATA = {
+    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.device.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.layout.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.ndim.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.is_sparse.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.is_meta.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.dim,
+    torch.Tensor.size,
+    torch.Tensor.numel,
+    torch.Tensor.__len__,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.is_complex,
+    torch.is_floating_point,
+    torch.is_complex,
+}
+
+_HANDLERS = {
+    torch.Tensor.float: _float,
+    torch.Tensor.to: _to,
+    torch.Tensor.contiguous: _same,
+    torch.Tensor.mul: _multiply,
+    torch.Tensor.__mul__: _multiply,
+    torch.Tensor.__rmul__: _multiply,
+    torch.mul: _multiply,
+    torch.Tensor.div: _divide,
+    torch.Tensor.__truediv__: _divide,
+    torch.div: _divide,
+    torch.Tensor.tanh: _tanh,
+    torch.tanh: _tanh,
+    torch.Tensor.add: _add,
+    torch.Tensor.__add__: _add,
+    torch.add: _add,
+    torch.Tensor.view: _view,
+    torch.Tensor.reshape: _view,
+    torch.Tensor.flatten: _flatten,
+    torch.Tensor.__getitem__: _item,
+    F.cross_entropy: _cross_entropy,
+}

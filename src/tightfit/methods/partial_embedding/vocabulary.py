@@ -1,0 +1,262 @@
+"""The kept vocabulary of a live model: id maps, the rows that stay away, growth, figures."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from tightfit.core.edits import Part
+from tightfit.core.errors import ArtifactError, StateError, UnknownTokenError, shorten
+from tightfit.core.host import to_host
+
+SLOT = "_tight_slot"
+POSITION = "_tight_position"
+
+
+class RowCodec:
+    """Stands a full table in by its kept rows; the dropped rows wait in a host-side store.
+
+    The first dimension of the tensor is the vocabulary.
+    """
+
+    def __init__(self, full: torch.Tensor, vocabulary: Vocabulary):
+        self.vocabulary = vocabulary
+        self.home = to_host(_rows(full, vocabulary.dropped))
+        vocabulary.codecs.append(self)
+
+    def encode(self, full: torch.Tensor) -> torch.Tensor:
+        return _rows(full, self.vocabulary.ids)
+
+    def decode(self, small: torch.Tensor) -> torch.Tensor:
+        vocabulary = self.vocabulary
+        device = "meta" if small.is_meta else "cpu"
+        full = torch.empty((vocabulary.size, *small.shape[1:]), dtype=small.dtype, device=device)
+        full[vocabulary.dropped] = (
+            self.home.to(small.dtype) * vocabulary.decay if vocabulary.decay != 1.0 else self.home.to(small.dtype)
+        )
+        full[vocabulary.ids] = small.detach().to(device)
+        return full
+
+    def load(self, full: torch.Tensor) -> torch.Tensor:
+        vocabulary = self.vocabulary
+        if full.shape[0] != vocabulary.size:
+            raise ArtifactError(
+                f"load_state_dict: a table of {full.shape[0]} rows was given, the stock table has {vocabulary.size}; "
+                f"a reduced table carries no ids, so load a stock-shaped state dict, or tightfit.load(model, folder)"
+            )
+        rest = _rows(full, vocabulary.dropped).detach()
+        if not torch.equal(rest.cpu(), self.home.to(rest.dtype)):
+            self.home = to_host(rest)
+        return self.encode(full)
+
+    def residue(self) -> torch.Tensor | None:
+        return self.home if self.home.numel() else None
+
+
+def _rows(full: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return full.detach().index_select(0, ids.to(full.device))
+
+
+class Vocabulary(Part):
+    """The kept ids of an applied `PartialEmbedding`, shared by all its edits.
+
+    Attributes:
+        ids: (K,) kept ids, ascending. dropped: (V - K,) the others, ascending. Both int64 on the CPU.
+        size: V.
+    """
+
+    def __init__(self, ids: tuple[int, ...], size: int, unknown: str, head: str, decay_dropped: bool, tokenizer: Any):
+        self.size = size
+        self.unknown = unknown
+        self.head = head
+        self.decay_dropped = decay_dropped
+        self.tokenizer = tokenizer
+        self.first_ids = ids
+        self.codecs: list[RowCodec] = []
+        self.tables: list[tuple[RowCodec, nn.Module, str]] = []
+        self.lookups: list[nn.Module] = []
+        self.heads: list[nn.Module] = []
+        self.decay = 1.0
+        self.outside_labels: torch.Tensor | None = None
+        self.mass: list[float] = []
+        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._set(torch.tensor(ids, dtype=torch.int64))
+
+    def _set(self, ids: torch.Tensor) -> None:
+        kept = torch.zeros(self.size, dtype=torch.bool)
+        kept[ids] = True
+        self.ids = kept.nonzero().reshape(-1)
+        self.dropped = (~kept).nonzero().reshape(-1)
+
+    # -- id maps ------------------------------------------------------------------------------------------------
+
+    def slots(self) -> torch.Tensor:
+        """(V,) int32: the row of each kept id, -1 for the others."""
+        slots = torch.full((self.size,), -1, dtype=torch.int32)
+        slots[self.ids] = torch.arange(len(self.ids), dtype=torch.int32)
+        return slots
+
+    def positions(self) -> torch.Tensor:
+        """(V,) int64: class number of each id in the loss; dropped ids follow the kept ones, or are -1 if absent."""
+        positions = self.slots().to(torch.int64)
+        if self.head == "split":
+            positions[self.dropped] = len(self.ids) + torch.arange(len(self.dropped))
+        return positions
+
+    def unknown_error(self, ids: torch.Tensor, where: str) -> UnknownTokenError:
+        """The error for ids outside the kept vocabulary, with their token strings where a tokenizer is known."""
+        found = sorted(set(ids.reshape(-1).tolist()))
+        names = [f"{i} {self.tokenizer.convert_ids_to_tokens(i)!r}" if self.tokenizer is not None else i for i in found]
+        return UnknownTokenError(
+            f"PartialEmbedding: {where} has {len(found)} token id(s) outside the kept {len(self.ids)} of {self.size}: "
+            f"{shorten(names, 10)}; add them to ids (PartialEmbedding.scan over all data the run uses), or set "
+            f'unknown="grow" or unknown="fetch"'
+        )
+
+    # -- growth -------------------------------------------------------------------------------------------------
+
+    def grow(self, new_ids) -> int:
+        """Take more ids into the kept vocabulary: rows from the store, zero moments, the step count kept.
+
+        Returns how many ids were new. Call it between steps.
+        """
+        wanted = torch.as_tensor(list(new_ids) if not torch.is_tensor(new_ids) else new_ids.reshape(-1).cpu())
+        if wanted.numel() and not (int(wanted.min()) >= 0 and int(wanted.max()) < self.size):
+            raise IndexError(f"grow: ids must lie in [0, {self.size}), got {int(wanted.min())}..{int(wanted.max())}")
+        union = torch.unique(torch.cat([self.ids, wanted.to(torch.int64)]))
+        added = len(union) - len(self.ids)
+        if added == 0:
+            return 0
+        if (
+            torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+            and torch.distributed.get_world_size() > 1
+        ):
+            raise StateError(
+                "PartialEmbedding: the vocabulary cannot grow in a run of several processes, their tables would differ; "
+                "scan all data first"
+            )
+        old_ids, full = self.ids, [codec.decode(_held(module, attribute)) for codec, module, attribute in self.tables]
+        self._set(union)
+        into = torch.searchsorted(self.ids, old_ids)
+        for (codec, module, attribute), table in zip(self.tables, full):
+            tensor = _held(module, attribute)
+            codec.home = to_host(_rows(table, self.dropped))
+            grown = _rows(table, self.ids).to(tensor.device)
+            self._regroup(tensor, into, grown)
+        self._refresh()
+        return added
+
+    def _regroup(self, tensor: torch.Tensor, into: torch.Tensor, grown: torch.Tensor) -> None:
+        """Put `grown` under the same tensor object and move its gradient and moments to their new rows."""
+        old_shape = tensor.shape
+        into = into.to(tensor.device)
+
+        def moved(value: torch.Tensor) -> torch.Tensor:
+            return value.new_zeros(grown.shape).index_copy_(0, into, value)
+
+        for optimizer in self._optimizers:
+            state = optimizer.state.get(tensor, {})
+            for key, value in state.items():
+                if torch.is_tensor(value) and value.shape == old_shape:
+                    state[key] = moved(value)
+        gradient, tensor.grad = tensor.grad, None
+        tensor.data = grown
+        if gradient is not None:
+            tensor.grad = moved(gradient)
+
+    def _refresh(self) -> None:
+        slots, positions = self.slots(), self.positions()
+        for module in self.lookups:
+            old = module._buffers[SLOT]
+            assert old is not None
+            module._buffers[SLOT] = slots.to(old.device)
+            set_lookup_facts(module, self)
+        for module in self.heads:
+            old = module._buffers[POSITION]
+            assert old is not None
+            module._buffers[POSITION] = positions.to(old.device)
+
+    # -- part hooks ---------------------------------------------------------------------------------------------
+
+    def optimizer_made(self, optimizer: torch.optim.Optimizer) -> None:
+        if optimizer in self._optimizers:
+            return
+        if self.decay_dropped:
+            if type(optimizer).__name__ != "AdamW":
+                raise ValueError(
+                    f"PartialEmbedding(decay_dropped=True): {type(optimizer).__name__} moves unused rows by more than a "
+                    f"factor; only AdamW's decoupled weight decay can be reproduced"
+                )
+            optimizer.register_step_pre_hook(_DecayWatch(weakref.ref(self)))
+        self._optimizers.add(optimizer)
+
+    def recipe_fields(self) -> dict[str, Any]:
+        now = tuple(self.ids.tolist())
+        return {} if now == self.first_ids else {"ids": now}
+
+    def report(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {
+            "rows_kept": len(self.ids),
+            "rows_stock": self.size,
+            "head": self.head,
+            "host_bytes": sum(c.home.numel() * c.home.element_size() for c in self.codecs),
+        }
+        if self.outside_labels is not None:
+            facts["labels_outside"] = int(self.outside_labels)
+        if self.mass:
+            facts["dropped_probability"] = sum(self.mass) / len(self.mass)
+        return facts
+
+    def note_mass(self, mass: float) -> None:
+        """Record the probability that the full model puts on dropped rows, and warn once when it matters."""
+        self.mass.append(mass)
+        if mass > 1e-2 and sum(m > 1e-2 for m in self.mass) == 1:
+            warnings.warn(
+                f"PartialEmbedding(head='pruned'): the full model puts {mass:.1%} of its probability on dropped tokens; "
+                f"the loss is biased low by about that much. Use head='split' for the exact loss.",
+                stacklevel=2,
+            )
+
+    def __deepcopy__(self, memo):
+        import copy
+
+        twin = memo[id(self)] = object.__new__(Vocabulary)
+        for key, value in vars(self).items():
+            # optimizers belong to the original; stored rows are never written to, so they can be shared
+            twin.__dict__[key] = weakref.WeakSet() if key == "_optimizers" else copy.deepcopy(value, memo)
+        return twin
+
+
+def _held(module: nn.Module, attribute: str) -> torch.Tensor:
+    return getattr(module, attribute)
+
+
+def set_lookup_facts(module: nn.Module, vocabulary: Vocabulary) -> None:
+    """Keep an embedding's `num_embeddings` and `padding_idx` true for its kept rows."""
+    padding = module.__dict__["_tight_padding_idx"]
+    row = -1 if padding is None else int(torch.searchsorted(vocabulary.ids, padding))
+    present = padding is not None and row < len(vocabulary.ids) and int(vocabulary.ids[row]) == padding
+    module.padding_idx = row if present else None
+    module.num_embeddings = len(vocabulary.ids)
+
+
+class _DecayWatch:
+    """Follows the factor by which weight decay would have shrunk the dropped rows."""
+
+    def __init__(self, vocabulary: weakref.ref[Vocabulary]):
+        self.vocabulary = vocabulary
+
+    def __call__(self, optimizer, args, kwargs):
+        vocabulary = self.vocabulary()
+        if vocabulary is None or not vocabulary.tables:
+            return
+        _, module, attribute = vocabulary.tables[0]
+        table = _held(module, attribute)
+        for group in optimizer.param_groups:
+            if any(p is table for p in group["params"]) and table.grad is not None:
+                vocabulary.decay *= 1.0 - group["lr"] * group["weight_decay"]
