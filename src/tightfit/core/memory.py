@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -107,6 +108,7 @@ def _peak(step: Step) -> tuple[int, int]:
 
 
 def _cpu_rise(step: Step) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its C++ side writes to stderr otherwise
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

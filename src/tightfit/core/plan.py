@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from tightfit.core import hfmodel
-from tightfit.core.apply import apply, resolve
+from tightfit.core.apply import Applied, apply, resolve
 from tightfit.core.conflicts import Conflict
 from tightfit.core.edits import planning
+from tightfit.core.errors import StateError
 from tightfit.core.recipe import Recipe, Transform, as_recipe
 from tightfit.core.skeleton import meta_copy
 
@@ -63,7 +64,7 @@ class Plan:
             return "\n".join([*lines, "cannot be applied:", *(f"  {c}" for c in self.conflicts)])
         share = 100 * self.trainable_parameters / max(1, self.total_parameters)
         lines.append(
-            f"{'trainable parameters':<22}{self.trainable_parameters:>16,}  ({share:.1f} % of {self.total_parameters:,})"
+            f"{'trainable parameters':<22}{self.trainable_parameters:>12,}  ({share:.1f} % of {self.total_parameters:,})"
         )
         for name in CATEGORIES:
             if self.by_category.get(name):
@@ -112,7 +113,8 @@ def plan(
     recipe: Recipe | Transform | list | tuple | None = None,
     *,
     batch: dict[str, torch.Tensor] | tuple[int, int],
-    optimizer: str = "adamw",
+    optimizer: str | Callable = "adamw",
+    **options: Any,
 ) -> Plan:
     """Say what a recipe would do to a model and what it would cost, without touching the model.
 
@@ -120,10 +122,12 @@ def plan(
         model: a real model or a `skeleton`.
         recipe: a recipe, one transform, a list of them, or None for the stock step.
         batch: what the model is called with, as a dict of tensors, or `(batch_size, length)` for a padded batch.
-        optimizer: "adamw", "adamw-foreach", "adamw-fused", "sgd", "sgd-momentum" or "adafactor".
+        optimizer: one of `tightfit.core.simulate.OPTIMIZERS`, or a callable from parameters to an optimizer.
+        **options: further options of `tightfit.core.simulate.simulate`: `clip`, `autocast`, `loss`, `device`, ...
 
     Raises:
-        ValueError: an unknown optimizer, a malformed batch, or an incomplete recipe.
+        ValueError: a malformed batch, or an incomplete recipe.
+        SimulationError: the step cannot be simulated; names the operator and the module.
         UnsupportedModelError: a method of the recipe cannot work on this model.
 
     Example:
@@ -142,7 +146,7 @@ def plan(
     shared = {
         "recipe": recipe,
         "model": type(model).__name__,
-        "optimizer": optimizer,
+        "optimizer": optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", repr(optimizer)),
         "batch": describe_batch(batch),
         "conflicts": conflicts,
         "edits": rows,
@@ -156,19 +160,21 @@ def plan(
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "total_parameters": sum(p.numel() for p in parameters),
     }
-    return Plan(**shared, **counts, **_costs(applied, batch, optimizer))
+    return Plan(**shared, **counts, **_costs(applied, batch, optimizer, options))
 
 
-def _costs(applied, batch, optimizer: str) -> dict[str, Any]:
-    tensors = [t for _, t in hfmodel.named_tensors(applied.model)]
-    trainable = [p for p in applied.model.parameters() if p.requires_grad]
-    gradients = hfmodel.unique_storage_bytes(trainable)
-    by_category = dict.fromkeys(CATEGORIES, 0) | {
-        "weights": hfmodel.unique_storage_bytes(tensors),
-        "gradients": gradients,
-        "optimizer": int(gradients * 2),
+def _costs(applied: Applied, batch: Any, optimizer: str | Callable, options: dict[str, Any]) -> dict[str, Any]:
+    from tightfit.core.simulate import simulate
+
+    if not any(p.requires_grad for p in applied.model.parameters()):
+        raise StateError(f"plan: the recipe {applied.recipe} leaves no parameter to train")
+    found = simulate(applied.model, batch, optimizer=optimizer, **options)
+    return {
+        "peak_bytes": found.peak_bytes,
+        "by_category": dict.fromkeys(CATEGORIES, 0) | found.by_category,
+        "simulation": found,
+        "notes": found.notes,
     }
-    return {"peak_bytes": sum(by_category.values()), "by_category": by_category}
 
 
 def describe_batch(batch: Any) -> str:
