@@ -136,8 +136,8 @@ def byte_ids(tokenizer: Any) -> dict[int, str]:
         from tokenizers.pre_tokenizers import ByteLevel
 
         for c in ByteLevel.alphabet():  # in CLIP each byte has a second symbol, for the end of a word
-            names = (c, prefix + c, c + suffix, prefix + c + suffix)
-            found |= {vocab[name]: f"byte symbol {name!r}" for name in names if name in vocab}
+            forms = (c, prefix + c, c + suffix, prefix + c + suffix)
+            found |= {vocab[form]: f"byte symbol {form!r}" for form in forms if form in vocab}
     return found
 
 
