@@ -172,8 +172,8 @@ def test_relative_paths_are_found_here_or_beside_the_recipe(good, tmp_path, monk
         ("no", "no"),
         ("on", "on"),
         ("1:30", "1:30"),
-    ]
-    + [("2024-01-01", "2024-01-01"), ("~", None), ("'1'", "1"), ("1.2.3", "1.2.3"), ("-", "-"), ("1_000", "1_000")],
+        *[("2024-01-01", "2024-01-01"), ("~", None), ("'1'", "1"), ("1.2.3", "1.2.3"), ("-", "-"), ("1_000", "1_000")],
+    ],
 )
 def test_scalars_follow_yaml_1_2(text, value):
     read = parse_value(text, "here") if text != "-" else parse_value("'-'", "here")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -16,7 +16,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-WORDS = "a an the film was is good bad fine dull plot actor story very not quick brown fox over lazy dog".split()
+_TEXT = "a an the film was is good bad fine dull plot actor story very not quick brown fox over lazy dog"
+WORDS = _TEXT.split()
 
 
 def wordpiece() -> PreTrainedTokenizerFast:
@@ -44,6 +45,7 @@ def wordpiece() -> PreTrainedTokenizerFast:
 def bytes_bpe(**specials: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
         special_tokens=list(specials.values()),

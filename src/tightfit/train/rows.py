@@ -52,8 +52,9 @@ class Rows:
                 f"{near(name, list(self.columns))}"
             )
         values = self.columns[name]
-        if None in values:
-            raise DataError(f"{self.place(values.index(None), name)}: no value")
+        empty = next((row for row, value in enumerate(values) if value is None), None)
+        if empty is not None:
+            raise DataError(f"{self.place(empty, name)}: no value")
         return values
 
     def texts(self, name: str) -> list[str]:
@@ -184,8 +185,6 @@ def _table(
         records = _chained((number, first), records)
     width, blank = len(names), 0
     for number, record in records:
-        if limit is not None and len(kept) == limit:
-            break
         if blank:
             raise DataError(f"{source}, line {blank}: the line is empty, expected {width} fields")
         if len(record) != width:
@@ -200,6 +199,8 @@ def _table(
             )
         kept.append(record)
         lines.append(number)
+        if len(kept) == limit:
+            break
     if not kept:
         raise DataError(f"{source}: the file has a header ({', '.join(names)}) but no rows")
     return Rows(source, dict(zip(names, (list(c) for c in zip(*kept)))), lines)
@@ -242,13 +243,13 @@ def _objects(objects: Iterable[tuple[int, Any]], source: str, limit: int | None)
     lines: list[int] = []
     names: dict[str, None] = {}
     for number, item in objects:
-        if limit is not None and len(kept) == limit:
-            break
         if not isinstance(item, dict):
             raise DataError(f"{source}, line {number}: got {_brief(item)}, accepted is an object with named columns")
         names.update(dict.fromkeys(item))
         kept.append(item)
         lines.append(number)
+        if len(kept) == limit:
+            break
     if not kept:
         raise DataError(f"{source}: the file is empty")
     return Rows(source, {name: [item.get(name) for item in kept] for name in names}, lines)
@@ -329,7 +330,7 @@ def _read_conll(lines: Iterator[str], source: str, columns: Sequence[str] | None
             if tokens:
                 sentences.append((start, tokens, tags))
                 tokens, tags = [], []
-                if limit is not None and len(sentences) == limit:
+                if len(sentences) == limit:
                     break
             continue
         line = line.rstrip("\r\n")
@@ -350,9 +351,9 @@ def _read_conll(lines: Iterator[str], source: str, columns: Sequence[str] | None
 def _read_txt(lines: Iterator[str], source: str, columns: Sequence[str] | None, limit: int | None) -> Rows:
     kept: list[str] = []
     for line in lines:
-        if limit is not None and len(kept) == limit:
-            break
         kept.append(line)
+        if len(kept) == limit:
+            break
     if not any(line.strip() for line in kept):
         raise DataError(f"{source}: the file is empty")
     return Rows(source, {"text": kept}, range(1, len(kept) + 1), running=True)

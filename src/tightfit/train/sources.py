@@ -108,18 +108,17 @@ def _first(rows: Rows, limit: int | None) -> Rows:
 
 def _read(name: str, section: DataSection, key: str, limit: int | None) -> tuple[Rows, str | None]:
     path = Path(name).expanduser()
-    if path.is_dir():
-        return _from_datasets(name, str(path), None, section, key, limit)
+    where, _, split = name.partition(":")
+    for folder, part in ((path, ""), (Path(where).expanduser(), split)):
+        if folder.is_dir():
+            return _from_datasets(name, str(folder), part, section, key, limit)
     if is_local(name):
         return read_rows(path, columns=section.columns, limit=limit, format=section.format), None
-    hub_id, _, split = name.partition(":")
-    if Path(hub_id).expanduser().is_dir():
-        return _from_datasets(name, str(Path(hub_id).expanduser()), split, section, key, limit)
-    return _from_datasets(name, hub_id, split or None, section, key, limit)
+    return _from_datasets(name, where, split, section, key, limit)
 
 
 def _from_datasets(
-    name: str, where: str, split: str | None, section: DataSection, key: str, limit: int | None
+    name: str, where: str, split: str, section: DataSection, key: str, limit: int | None
 ) -> tuple[Rows, str | None]:
     import datasets
 
@@ -135,7 +134,7 @@ def _from_datasets(
     eval_split = None
     if isinstance(found, datasets.DatasetDict):
         splits = list(found)
-        split = split or (key if key in splits else "train" if key == "train" else None)
+        split = split or (key if key in splits else "train" if key == "train" else "")
         split = split or next((n for n in _EVAL_NAMES if n in splits), None) or splits[0]
         if split not in splits:
             raise DataError(
