@@ -1,0 +1,209 @@
+"""Checkpoints of a run: everything a run needs to go on to the same bits, without a pickle.
+
+A checkpoint is a folder `checkpoint-<step>`:
+
+    recipe.json, tightfit.safetensors   the recipe and what it trained (`Applied.save`)
+    optimizer.safetensors               tensors of the optimizer's state
+    state.json                          the rest of it, scheduler, gradient scaler, random states
+    trainer_state.json                  the Trainer's own state
+    complete.json                       the files and their sizes, written last
+
+It is written under another name, synced and renamed, so a run killed at any moment leaves whole checkpoints
+only; `complete.json` guards against what happens to a folder afterwards.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tightfit.core.artifacts import replacing, replacing_folder, write_text
+from tightfit.core.errors import ArtifactError, StateError
+
+if TYPE_CHECKING:
+    from tightfit.core.apply import Applied
+
+FORMAT = 1
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+TRAINER_FILE = "trainer_state.json"
+COMPLETE_FILE = "complete.json"
+KEPT = 2
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def write_checkpoint(
+    folder: Path,
+    applied: Applied,
+    *,
+    step: int,
+    trainer_state: Any,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    scaler: Any = None,
+    random_states: list[dict[str, Any]],
+) -> Path:
+    """Write `checkpoint-<step>` into `folder`, all or nothing; a damaged one of the same step is replaced.
+
+    Args:
+        trainer_state: a `transformers.TrainerState`.
+        random_states: `random_state()` of every process, in the order of their ranks.
+
+    Raises:
+        OSError: it could not be written; earlier checkpoints are as they were.
+        StateError: the optimizer or scheduler keeps something that cannot be written without a pickle.
+    """
+    from safetensors.torch import save_file
+
+    path = folder / f"checkpoint-{step}"
+    if is_complete(path):
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    tensors, rest = split_state(optimizer.state_dict())
+    document = {
+        "tightfit_checkpoint": FORMAT,
+        "step": step,
+        "optimizer": rest,
+        "scheduler": scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "random": random_states,
+    }
+    try:
+        text = json.dumps(document)
+    except TypeError as error:
+        raise StateError(f"checkpoint of step {step}: optimizer or scheduler cannot be saved: {error}") from error
+    with replacing_folder(path) as temporary:
+        applied.save(temporary)
+        with replacing(temporary / OPTIMIZER_FILE) as file:
+            save_file(tensors, file)
+        write_text(temporary / STATE_FILE, text)
+        trainer_state.save_to_json(str(temporary / TRAINER_FILE))
+        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+        write_text(temporary / COMPLETE_FILE, json.dumps({"files": sizes}))
+    return path
+
+
+def is_complete(path: Path) -> bool:
+    """Whether all files of a checkpoint are there in their full size."""
+    try:
+        sizes = json.loads((path / COMPLETE_FILE).read_text(encoding="utf-8"))["files"]
+        return bool(sizes) and all((path / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest first."""
+    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(found) if is_complete(path)]
+
+
+def drop_old(folder: Path, kept: int = KEPT) -> None:
+    """Remove all but the newest complete checkpoints."""
+    for path in checkpoints(folder)[:-kept]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def drop_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half written."""
+    for path in folder.glob(".checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's `state.json`. Raises: ArtifactError when it is damaged."""
+    file = path / STATE_FILE
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{file}: cannot be read ({error}); the checkpoint is damaged") from None
+    if not isinstance(document, dict) or document.get("tightfit_checkpoint") != FORMAT:
+        raise ArtifactError(f"{file}: is not a checkpoint of format {FORMAT}")
+    return document
+
+
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's optimizer state into a fresh optimizer over the same parameters."""
+    from safetensors.torch import load_file
+
+    rest = read_state(path)["optimizer"]
+    groups = optimizer.state_dict()["param_groups"]
+    state = join_state(load_file(path / OPTIMIZER_FILE), rest)
+    for group, fresh in zip(state["param_groups"], groups):
+        for key, value in fresh.items():
+            if isinstance(value, tuple) and key in group:
+                group[key] = tuple(group[key])
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise ArtifactError(f"{path}: the optimizer state belongs to another recipe: {error}") from None
+
+
+def split_state(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An optimizer's state dict as tensors by name and the rest as JSON values.
+
+    >>> tensors, rest = split_state({"state": {0: {"step": torch.tensor(3.0), "k": 1}}, "param_groups": []})
+    >>> list(tensors), rest["state"]
+    (['0.step'], {'0': {'k': 1}})
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        plain[str(index)] = {}
+        for key, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{key}"] = value.detach().to("cpu", copy=True).contiguous()
+            else:
+                plain[str(index)][key] = value
+    return tensors, {"state": plain, "param_groups": state["param_groups"]}
+
+
+def join_state(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `split_state`."""
+    state: dict[int, dict[str, Any]] = {int(i): dict(entries) for i, entries in rest["state"].items()}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        state[int(index)][key] = tensor
+    return {"state": state, "param_groups": [dict(group) for group in rest["param_groups"]]}
+
+
+def random_state() -> dict[str, Any]:
+    """The random states of Python, numpy and torch (every device) as JSON values."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": _packed(torch.get_rng_state()),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = [_packed(s) for s in torch.cuda.get_rng_state_all()]
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` gave."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_unpacked(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([_unpacked(s) for s in state["cuda"]])
+
+
+def _packed(tensor: torch.Tensor) -> str:
+    return base64.b64encode(tensor.cpu().numpy().tobytes()).decode("ascii")
+
+
+def _unpacked(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

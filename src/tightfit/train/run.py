@@ -1,0 +1,337 @@
+"""A whole training run: recipe file in, run folder out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tightfit.core.apply import Applied, apply
+from tightfit.core.artifacts import load, replacing_folder
+from tightfit.core.errors import ConflictError, SimulationError, TrainingError
+from tightfit.core.plan import Plan, plan
+from tightfit.core.recipe import Recipe
+from tightfit.train import checkpoints, folder
+from tightfit.train.data import TaskData, load_data, longest_batch
+from tightfit.train.tasks import build_model, build_tokenizer, primary_metric
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tightfit.train.recipe_file import RecipeFile
+
+Echo = Callable[[str], None]
+PLANNED_OPTIMIZERS = {"adamw": "adamw", "sgd": "sgd", "adafactor": "adafactor"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run gave.
+
+    Fields:
+        output: the run folder.
+        recipe: the recipe as applied, its ids filled in.
+        steps: optimizer steps, those before a resume included.
+        metric_name, metric: the task's main metric on the eval rows.
+        metrics: all eval metrics and the loss.
+        train_seconds: wall time of training in this process, evaluation included.
+        peak_bytes, saved_bytes, step_seconds: one training step on the longest batch, as `tightfit.measure`
+            has it; the batch is `measured_batch`.
+        predicted_peak_bytes: what `plan` said of that step; None when it could not be simulated.
+        trainable_parameters, total_parameters: under the recipe.
+        exact: every method keeps the gradients of the stock step.
+    """
+
+    output: Path
+    recipe: Recipe
+    steps: int
+    metric_name: str
+    metric: float
+    metrics: dict[str, float]
+    train_seconds: float
+    peak_bytes: int
+    saved_bytes: int
+    step_seconds: float
+    measured_batch: str
+    predicted_peak_bytes: int | None
+    trainable_parameters: int
+    total_parameters: int
+    exact: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run's tokenizer and data, the part that runs on the same data share."""
+
+    tokenizer: Any
+    data: TaskData
+
+
+def prepare(file: RecipeFile) -> Prepared:
+    """Load tokenizer and data of a recipe file."""
+    tokenizer = build_tokenizer(file)
+    return Prepared(tokenizer, load_data(file, tokenizer))
+
+
+def filled(recipe: Recipe, prepared: Prepared, model: PreTrainedModel) -> Recipe:
+    """The recipe with every method completed that takes something from the data (the ids of a vocabulary)."""
+    from datasets import DatasetDict
+
+    rows = DatasetDict({"train": prepared.data.train, "eval": prepared.data.eval})
+    done = []
+    for transform in recipe:
+        fill = getattr(transform, "fill", None)
+        if transform.unfilled() is not None and fill is not None:
+            transform = fill(data=rows, tokenizer=prepared.tokenizer, model=model)
+        done.append(transform)
+    return Recipe(tuple(done))
+
+
+def plan_run(file: RecipeFile, prepared: Prepared, recipe: Recipe, model: PreTrainedModel) -> Plan:
+    """The plan of a run's step on its longest batch. Raises: SimulationError, and what `plan` raises."""
+    batch = longest_batch(prepared.data, file.train.batch_size)
+    return plan(model, recipe, batch=batch, optimizer=planned_optimizer(file))
+
+
+def planned_optimizer(file: RecipeFile) -> str:
+    """The name `plan` has for the optimizer a run will use."""
+    name = PLANNED_OPTIMIZERS[file.train.optimizer]
+    return "adamw-foreach" if name == "adamw" and torch.cuda.is_available() else name
+
+
+def train(
+    file: RecipeFile, *, resume: bool = False, echo: Echo = lambda line: None, prepared: Prepared | None = None
+) -> RunResult:
+    """Train what a recipe file says and leave a run folder behind.
+
+    The folder holds the resolved recipe file, metrics, checkpoints, the trained recipe (`tightfit.load` puts it on
+    its base), a model card and a report. A run that was stopped or killed goes on from its newest checkpoint with
+    `resume=True`, to the same weights, bit for bit, as an uninterrupted one on the same machine.
+
+    Args:
+        resume: go on with the run in `file.output`; a new one begins where there is none.
+        echo: called with each line a user should read.
+        prepared: tokenizer and data, where they are loaded already.
+
+    Raises:
+        RecipeError, DataError, ConflictError, UnsupportedModelError: before anything is written.
+        TrainingError: the run failed (no space, a loss that is not finite, out of memory); its checkpoints stay.
+        KeyboardInterrupt: Ctrl-C; the step was finished and a checkpoint written, unless it was pressed twice.
+
+    Example:
+        >>> from tightfit.train.recipe_file import read_recipe_file
+        >>> from tightfit.train.run import train
+        >>> train(read_recipe_file("recipe.yaml"))  # doctest: +SKIP
+    """
+    _join_processes()
+    folder.check_free(file, resume)
+    prepared = prepared or prepare(file)
+    for note in prepared.data.notes:
+        echo(f"note: {note}")
+    model = build_model(file, prepared.data)
+    last = _newest(file) if resume else None
+    finished = resume and (file.output / folder.RUN).is_file() and folder.read_run(file.output)["result"]
+    if finished:
+        echo(f"the run in {file.output} is finished")
+        return _stored(file, finished)
+    if last is None:
+        recipe = filled(file.recipe, prepared, model)
+        predicted = _predicted(file, prepared, recipe, model, echo)
+        applied = apply(model, recipe)
+    else:
+        echo(f"resuming from {last}")
+        recipe = Recipe.from_list(_methods(last))
+        predicted = _predicted(file, prepared, recipe, model, echo)
+        applied = load(model, last)
+    _in_turn(lambda: folder.prepare(file, prepared.data, str(applied.recipe)))
+    with _failures(file.output):
+        result = _run(file, prepared, applied, last, predicted, echo)
+    if result is None:
+        raise KeyboardInterrupt
+    return result
+
+
+def _run(
+    file: RecipeFile,
+    prepared: Prepared,
+    applied: Applied,
+    last: Path | None,
+    predicted: int | None,
+    echo: Echo,
+) -> RunResult | None:
+    from tightfit.train.bench import measure_applied
+    from tightfit.train.card import write_card, write_report
+    from tightfit.train.trainer import ProgressBar, RunCallback, build_trainer, stopping_on_interrupt, trainer_state
+
+    output, data = file.output, prepared.data
+    callback, bar = RunCallback(output / folder.METRICS, echo), ProgressBar()
+    folder.rewind_metrics(output, trainer_state(last).global_step if last else 0)
+    trainer = build_trainer(applied, data, file.train, output, [callback, bar])
+    started = time.perf_counter()
+    done = last is not None and trainer_state(last).global_step >= trainer_state(last).max_steps
+    try:
+        with stopping_on_interrupt(callback, echo):
+            if done:
+                trainer.state = trainer_state(last)  # type: ignore[arg-type]
+            else:
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
+            if callback.interrupted and trainer.state.global_step < trainer.state.max_steps:
+                echo(f"stopped at step {trainer.state.global_step}; go on with --resume")
+                return None
+            scores = _last_scores(trainer) or trainer.evaluate()
+    finally:
+        bar.close()
+    seconds = time.perf_counter() - started
+    steps, main = trainer.state.global_step, trainer.is_world_process_zero()
+    figures = applied.report()
+    if main:
+        applied.save(output)
+    final_recipe = applied.recipe
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
+    metric = primary_metric(data)
+    measured = measure_applied(applied, longest_batch(data, file.train.batch_size), file.train)
+    result = RunResult(
+        output=output,
+        recipe=final_recipe,
+        steps=steps,
+        metric_name=metric.name,
+        metric=scores[f"eval_{metric.name}"],
+        metrics={key.removeprefix("eval_"): value for key, value in scores.items() if _is_score(key)},
+        train_seconds=seconds,
+        peak_bytes=measured.peak_bytes,
+        saved_bytes=measured.saved_bytes,
+        step_seconds=measured.seconds,
+        measured_batch=_shape(longest_batch(data, file.train.batch_size)),
+        predicted_peak_bytes=predicted,
+        trainable_parameters=figures["trainable_parameters"],
+        total_parameters=figures["total_parameters"],
+        exact=final_recipe.exact,
+    )
+    if main:
+        write_card(output, file, result)
+        folder.write_result(output, result)
+        write_report(output)
+    return result
+
+
+def export_run(run: Path, out: Path) -> None:
+    """Write the model of a finished run as a stock checkpoint with its tokenizer; plain `from_pretrained` loads it.
+
+    Raises:
+        ArtifactError: `run` holds no finished run, its base is another model now, or `out` is not empty.
+    """
+    from tightfit.train.recipe_file import read_recipe_file
+
+    folder.read_run(run)
+    file = read_recipe_file(run / folder.RECIPE)
+    model = build_model(file, folder.stored_data(run))
+    applied = load(model, run)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_folder(out) as temporary:
+        applied.export(temporary)
+        if not any(temporary.glob("*token*")):  # a recipe that changes the vocabulary writes its own
+            build_tokenizer(file).save_pretrained(temporary)
+
+
+def _predicted(file: RecipeFile, prepared: Prepared, recipe: Recipe, model: PreTrainedModel, echo: Echo) -> int | None:
+    try:
+        found = plan_run(file, prepared, recipe, model)
+    except SimulationError as error:
+        echo(f"note: the step could not be simulated: {error}")
+        return None
+    if found.conflicts:
+        raise ConflictError("; ".join(str(conflict) for conflict in found.conflicts))
+    return found.peak_bytes
+
+
+def _newest(file: RecipeFile) -> Path | None:
+    found = checkpoints.checkpoints(file.output / folder.CHECKPOINTS)
+    return found[-1] if found else None
+
+
+def _methods(checkpoint: Path) -> Any:
+    import json
+
+    return json.loads((checkpoint / "recipe.json").read_text(encoding="utf-8"))["methods"]
+
+
+def _stored(file: RecipeFile, values: dict[str, Any]) -> RunResult:
+    return RunResult(output=file.output, recipe=Recipe.from_list(_methods(file.output)), **values)
+
+
+def _last_scores(trainer: Any) -> dict[str, float] | None:
+    """The scores of an evaluation at the last step, when there was one."""
+    for entry in reversed(trainer.state.log_history):
+        if "eval_loss" in entry and entry.get("step") == trainer.state.global_step:
+            return entry
+    return None
+
+
+def _is_score(key: str) -> bool:
+    return key.startswith("eval_") and not key.endswith(("_runtime", "_per_second"))
+
+
+def _shape(batch: dict[str, Any]) -> str:
+    name = next((n for n in ("input_ids", "pixel_values") if n in batch), next(iter(batch)))
+    return " x ".join(map(str, batch[name].shape))
+
+
+def _join_processes() -> None:
+    """Under `accelerate launch`, meet the other processes before any of them writes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState()
+
+
+def _in_turn(action: Callable[[], None]) -> None:
+    """Run `action` in the first process, then in the others, once all have come here."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        action()
+        return
+    distributed.barrier()
+    for rank in range(distributed.get_world_size()):
+        if distributed.get_rank() == rank:
+            action()
+        distributed.barrier()
+
+
+@contextlib.contextmanager
+def _failures(output: Path) -> Iterator[None]:
+    """Name what stopped a run."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            raise TrainingError(
+                f"out of memory: {' '.join(str(error).split())[:200]}; lower train.batch_size, or add a method to "
+                f"the recipe and look at `tightfit plan`"
+            ) from error
+        if _no_space(error):
+            raise TrainingError(
+                f"no space left in {output}; earlier checkpoints are intact, free some space and go on with --resume"
+            ) from error
+        raise
+
+
+def _no_space(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,50 @@
+"""A tiny run: a real tokenizer, a two-layer model with dropout, rows that can be learnt."""
+
+import random
+
+import torch
+from tiny_models import bert
+
+from tightfit.train.recipe_file import RecipeFile
+
+GOOD, BAD = ["good", "fine", "very good", "brown fox"], ["bad", "dull", "not good", "lazy dog"]
+
+
+def rows(count, seed=0):
+    draw = random.Random(seed)
+    lines = ["sentence\tlabel"]
+    for _ in range(count):
+        label = draw.random() < 0.5
+        words = " ".join(draw.choice(["the", "film", "was", "plot", "actor"]) for _ in range(draw.randint(1, 6)))
+        lines.append(f"{words} {draw.choice(GOOD if label else BAD)}\t{int(label)}")
+    return "\n".join(lines) + "\n"
+
+
+def project(folder):
+    """A folder with a model, train.tsv, dev.tsv and recipe.yaml."""
+    torch.manual_seed(0)
+    bert(folder / "model")
+    (folder / "train.tsv").write_text(rows(40))
+    (folder / "dev.tsv").write_text(rows(16, seed=1))
+    (folder / "recipe.yaml").write_text(f"""\
+model: {folder}/model
+task: sequence-classification
+data: {{train: {folder}/train.tsv, eval: {folder}/dev.tsv, text: [sentence], label: label}}
+methods: []
+train: {{epochs: 2, batch_size: 8, learning_rate: 1.0e-3, max_length: 16, logging_steps: 1}}
+output: {folder}/run
+""")
+    return folder
+
+
+def recipe_file(folder, methods=(), output="run", **train):
+    settings = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "max_length": 16, "logging_steps": 1} | train
+    data = {"train": str(folder / "train.tsv"), "eval": str(folder / "dev.tsv"), "text": ["sentence"], "label": "label"}
+    return RecipeFile(
+        model=str(folder / "model"),
+        task="sequence-classification",
+        data=data,
+        methods=list(methods),
+        train=settings,
+        output=str(folder / output),
+    )

@@ -1,0 +1,250 @@
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from runs import project, recipe_file
+from safetensors.torch import load_file
+
+from tightfit.core.errors import ArtifactError, RecipeError, TrainingError
+from tightfit.train import checkpoints, trainer
+from tightfit.train.folder import read_metrics
+from tightfit.train.run import train
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def only_train(monkeypatch):
+    """Leave out the measured and the simulated step: these tests are about the weights."""
+    import gc
+
+    from tightfit import Measurement
+    from tightfit.train import bench, run
+
+    monkeypatch.setattr(bench, "measure_applied", lambda *a: Measurement(1, 1, 1, 1.0, {}))
+    monkeypatch.setattr(run, "_predicted", lambda *a: None)
+    gc.freeze()  # the Trainer collects garbage often; what the imports left need not be looked at
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return project(tmp_path_factory.mktemp("resume"))
+
+
+def stop_in_step(monkeypatch, number):
+    """Stop a run in the middle of its n-th step, with no chance to write anything."""
+    real = trainer.RunTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        if self.state.global_step + 1 == number:
+            raise Killed
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.RunTrainer, "training_step", step)
+
+
+def weights(path):
+    return load_file(path / "tightfit.safetensors")
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+LORA = [{"Lora": {"rank": 2, "dropout": 0.2}}]
+CASES = [
+    ([], {"save_every": 3}, 8),  # in the middle of the second epoch
+    ([], {}, 6),  # right after an epoch's end
+    ([], {"save_every": 2, "eval_every": 3, "gradient_accumulation": 2}, 5),
+    (LORA, {"save_every": 3, "scheduler": "cosine", "warmup_ratio": 0.3}, 8),
+    ([{"Checkpointing": {}}], {"save_every": 4}, 6),
+    ([], {"save_every": 3, "optimizer": "sgd", "max_steps": 7}, 5),
+    ([], {"save_every": 3, "optimizer": "adafactor"}, 5),
+    ([{"PartialEmbedding": {}}], {"save_every": 3}, 8),
+]
+
+
+@pytest.mark.parametrize(("methods", "settings", "killed_in"), CASES)
+def test_a_resumed_run_ends_on_the_same_bits(folder, tmp_path, monkeypatch, methods, settings, killed_in):
+    whole = train(recipe_file(folder, methods, tmp_path / "whole", **settings))
+    file = recipe_file(folder, methods, tmp_path / "cut", **settings)
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, killed_in)
+        with pytest.raises(Killed):
+            train(file)
+    torch.manual_seed(99), random.seed(99), np.random.seed(99)  # another process would not share the state
+    cut = train(file, resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert cut.metrics == whole.metrics and cut.steps == whole.steps
+    evals = [[r for r in read_metrics(tmp_path / n) if "eval_loss" in r] for n in ("whole", "cut")]
+    assert [(r["step"], r["eval_loss"]) for r in evals[0]] == [(r["step"], r["eval_loss"]) for r in evals[1]]
+
+
+def test_the_recipes_train_something_and_dropout_matters(folder, tmp_path):
+    """Guards the test above: if seeds made no difference, equal bits would show nothing."""
+    one = train(recipe_file(folder, [], tmp_path / "one"))
+    other = train(recipe_file(folder, [], tmp_path / "other", seed=1))
+    assert not same(weights(one.output), weights(other.output))
+
+
+def test_damaged_checkpoints_are_passed_over(folder, tmp_path, monkeypatch):
+    whole = train(recipe_file(folder, [], tmp_path / "whole", save_every=2))
+    file = recipe_file(folder, [], tmp_path / "cut", save_every=2)
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 8)
+        with pytest.raises(Killed):
+            train(file)
+    saved = tmp_path / "cut" / "checkpoints"
+    assert [p.name for p in checkpoints.checkpoints(saved)] == ["checkpoint-4", "checkpoint-6"]
+    with (saved / "checkpoint-6" / "optimizer.safetensors").open("r+b") as file_:
+        file_.truncate(100)
+    (saved / ".checkpoint-8.abc").mkdir()  # what a process killed while writing leaves
+    (saved / "checkpoint-100").mkdir()
+    assert [p.name for p in checkpoints.checkpoints(saved)] == ["checkpoint-4"]
+    heard = []
+    train(file, resume=True, echo=heard.append)
+    assert any("checkpoint-4" in line for line in heard)
+    assert same(weights(whole.output), weights(tmp_path / "cut"))
+    assert not (saved / ".checkpoint-8.abc").exists()
+
+
+def test_no_checkpoint_yet_begins_again(folder, tmp_path, monkeypatch):
+    whole = train(recipe_file(folder, [], tmp_path / "whole"))
+    file = recipe_file(folder, [], tmp_path / "cut")
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 2)
+        with pytest.raises(Killed):
+            train(file)
+    train(file, resume=True)
+    assert same(weights(whole.output), weights(tmp_path / "cut"))
+    steps = [row["step"] for row in read_metrics(tmp_path / "cut") if "loss" in row]
+    assert steps == sorted(set(steps))
+
+
+def test_resume_without_a_run_starts_one_and_a_finished_run_is_only_told(folder, tmp_path):
+    file = recipe_file(folder, [], tmp_path / "run", max_steps=2)
+    first = train(file, resume=True)
+    heard = []
+    again = train(file, resume=True, echo=heard.append)
+    assert again == first and any("finished" in line for line in heard)
+
+
+def test_a_changed_recipe_or_changed_data_is_refused(folder, tmp_path, monkeypatch):
+    other = project(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 6)
+        with pytest.raises(Killed):
+            train(recipe_file(other))
+    with pytest.raises(RecipeError, match=r"train\.batch_size: is 4, the run in .* has 8"):
+        train(recipe_file(other, batch_size=4), resume=True)
+    with (other / "train.tsv").open("a") as file:
+        file.write("one more\t1\n")
+    with pytest.raises(RecipeError, match="the rows are not those"):
+        train(recipe_file(other), resume=True)
+
+
+@pytest.mark.parametrize("at", ["safetensors", "json", "metrics"])
+def test_no_space_left_stops_the_run_and_keeps_earlier_checkpoints(folder, tmp_path, monkeypatch, at):
+    file = recipe_file(folder, [], tmp_path / "run", save_every=2)
+    whole = train(recipe_file(folder, [], tmp_path / "whole", save_every=2))
+    target = {"safetensors": "save_file", "json": "write_text", "metrics": "append_line"}[at]
+    full = OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        if at == "metrics":
+            real = trainer.append_line
+            patch.setattr(trainer, target, lambda p, v: _raise(full) if v["step"] > 5 else real(p, v))
+        else:
+            real = checkpoints.write_checkpoint
+
+            def write(*args, step, **kwargs):
+                if step > 4:
+                    if at == "json":
+                        patch.setattr(checkpoints, "write_text", lambda *a: _raise(full))
+                    else:
+                        patch.setattr("safetensors.torch.save_file", lambda *a: _raise(full))
+                return real(*args, step=step, **kwargs)
+
+            patch.setattr(checkpoints, "write_checkpoint", write)
+        with pytest.raises(TrainingError, match=f"no space left in {tmp_path / 'run'}"):
+            train(file)
+    saved = tmp_path / "run" / "checkpoints"
+    assert checkpoints.checkpoints(saved)[-1].name == "checkpoint-4"
+    assert sorted(p.name for p in saved.iterdir()) == ["checkpoint-2", "checkpoint-4"]  # nothing half written
+    train(file, resume=True)
+    assert same(weights(whole.output), weights(tmp_path / "run"))
+
+
+def _raise(error):
+    raise error
+
+
+def test_a_checkpoint_holds_no_pickle(folder, tmp_path):
+    train(recipe_file(folder, [], tmp_path / "run", max_steps=2))
+    kinds = {p.suffix for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert kinds == {".json", ".jsonl", ".yaml", ".safetensors", ".md", ".html"}
+
+
+def test_optimizer_state_survives_and_what_cannot_be_written_is_refused(tmp_path):
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    tensors, rest = checkpoints.split_state(optimizer.state_dict())
+    joined = checkpoints.join_state(tensors, json.loads(json.dumps(rest)))
+    for index, entries in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(entries[key], joined["state"][index][key]) for key in entries)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "state.json").write_text('{"tightfit_checkpoint": 1, "opt')
+    with pytest.raises(ArtifactError, match="damaged"):
+        checkpoints.read_state(tmp_path / "checkpoint-1")
+
+
+def test_random_states_go_through_json():
+    state = json.loads(json.dumps(checkpoints.random_state()))
+    drawn = [torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random()]]
+    checkpoints.set_random_state(state)
+    assert drawn == [torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random()]]
+
+
+PROCESS = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from runs import recipe_file
+from tightfit.train import trainer, run
+real = trainer.RunTrainer.training_step
+def step(self, *args, **kwargs):
+    if self.state.global_step == {step}:
+        os.kill(os.getpid(), signal.{signal})
+    return real(self, *args, **kwargs)
+trainer.RunTrainer.training_step = step
+try:
+    run.train(recipe_file(Path({folder!r}), [], {output!r}, save_every=3))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "code", "newest"), [("SIGKILL", -9, 6), ("SIGINT", 130, 8)])
+def test_a_process_that_is_killed_or_interrupted(folder, tmp_path, name, code, newest):
+    output = str(tmp_path / "cut")
+    tests = __file__.rsplit("/", 1)[0]
+    script = PROCESS.format(tests=tests, step=7, signal=name, folder=str(folder), output=output)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert checkpoints.checkpoints(tmp_path / "cut" / "checkpoints")[-1].name == f"checkpoint-{newest}"
+    whole = train(recipe_file(folder, [], tmp_path / "whole", save_every=3))
+    train(recipe_file(folder, [], tmp_path / "cut", save_every=3), resume=True)
+    assert same(weights(whole.output), weights(tmp_path / "cut"))
