@@ -108,10 +108,7 @@ def _peak(step: Step) -> tuple[int, int]:
 
 
 def _cpu_rise(step: Step) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its C++ side writes to stderr otherwise
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with allocation_profile() as profiler:
         step()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     level = peak = 0
@@ -119,6 +116,14 @@ def _cpu_rise(step: Step) -> int:
         level += event.nbytes()
         peak = max(peak, level)
     return peak
+
+
+def allocation_profile():
+    """A torch profiler that records the CPU allocator's events and writes nothing to stderr."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read by its C++ side when the first profile starts
+    from torch.profiler import ProfilerActivity, profile
+
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
 
 def live_bytes(device: str = "cpu") -> int:

@@ -57,7 +57,7 @@ def example_batch(model: nn.Module, batch_size: int, length: int, *, padded: boo
         side = config.image_size if isinstance(config.image_size, (tuple, list)) else [config.image_size] * 2
         pixels = torch.zeros(batch_size, getattr(config, "num_channels", 3), *side, dtype=_float_dtype(model))
         return {"pixel_values": pixels, "labels": _labels(config, (batch_size,))}
-    if task is None:
+    if task is None and not _takes_tokens(config):
         raise SimulationError(
             f"batch: no example batch is known for {type(_inner(model)).__name__}; give a dict of tensors with labels"
         )
@@ -70,6 +70,8 @@ def example_batch(model: nn.Module, batch_size: int, length: int, *, padded: boo
     if pad is not None:
         ids[-1, short:] = pad
     out = {"input_ids": ids, "attention_mask": mask}
+    if task is None:  # a bare backbone: no labels, the step takes a loss of its outputs
+        return out | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
     if task == "sequence":
         out["labels"] = _labels(config, (batch_size,))
         eos = getattr(config, "eos_token_id", None)
@@ -86,6 +88,10 @@ def example_batch(model: nn.Module, batch_size: int, length: int, *, padded: boo
     else:
         out["labels"] = ids.masked_fill(mask == 0, -100)
     return out
+
+
+def _takes_tokens(config) -> bool:
+    return isinstance(getattr(config.get_text_config(), "vocab_size", None), int)
 
 
 def _inner(model: nn.Module) -> nn.Module:

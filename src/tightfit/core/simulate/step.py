@@ -121,6 +121,8 @@ def _run(model, inputs, optimizer, tracker: Tracker, options: StepOptions) -> No
 
 def _loss(outputs, options: StepOptions) -> torch.Tensor:
     loss = options.loss(outputs) if options.loss is not None else getattr(outputs, "loss", None)
+    if loss is None and hasattr(outputs, "last_hidden_state"):  # a bare backbone
+        return outputs.last_hidden_state.mean()
     if not isinstance(loss, torch.Tensor):
         raise SimulationError(
             f"loss: the model's outputs ({type(outputs).__name__}) hold no loss; put labels into the batch or give "

@@ -1,0 +1,117 @@
+"""PartialEmbedding on real tasks beside stock: metric, peak and its prediction, step time, exported checkpoint.
+
+Needs the data folder beside the project (SST-2, STS-B in German) and the MiniLM package.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+
+NAME = "partial_embedding"
+QUICK = False
+SEEDS = (0, 1, 2)
+SST2 = {
+    "task": "sequence-classification",
+    "data": {
+        "train": "sst2/train.tsv.gz",
+        "eval": "sst2/dev.tsv",
+        "text": ["sentence"],
+        "label": "label",
+        "rows": 6000,
+    },
+}
+STSB = {
+    "task": "sequence-classification",
+    "data": {
+        "train": "stsb_multi/stsb-de-train.csv.gz",
+        "eval": "stsb_multi/stsb-de-dev.csv.gz",
+        "columns": ["first", "second", "score"],
+        "text": ["first", "second"],
+        "label": "score",
+        "regression": True,
+    },
+}
+TASKS = {"SST-2": SST2, "STS-B de": STSB}
+TRAIN = {"epochs": 1, "batch_size": 32, "learning_rate": 5.0e-5, "max_length": 128, "weight_decay": 0.0}
+METHODS: dict[str, list[Any]] = {"stock": [], "PartialEmbedding": ["PartialEmbedding"]}
+
+
+def recipe_file(task: dict[str, Any], methods: list[Any], seed: int, output: Path, data: Path):
+    """The recipe file of one run, its paths under `data`."""
+    from tightfit.train.recipe_file import RecipeFile
+
+    section = {k: str(data / v) if k in ("train", "eval") else v for k, v in task["data"].items()}
+    return RecipeFile.model_validate(
+        {
+            "model": "demo:minilm",
+            "task": task["task"],
+            "data": section,
+            "methods": methods,
+            "train": {**TRAIN, "seed": seed},
+            "output": str(output),
+        }
+    )
+
+
+def run(seeds: tuple[int, ...] = SEEDS) -> list[dict[str, Any]]:
+    """One row per task and seed, stock and PartialEmbedding side by side."""
+    from tightfit.train.bench import step_time
+    from tightfit.train.run import prepare, train
+
+    rows = []
+    for task_name, task in TASKS.items():
+        for seed in seeds:
+            with tempfile.TemporaryDirectory() as folder:
+                files = {
+                    name: recipe_file(task, methods, seed, Path(folder) / name, record.SHARED / "data")
+                    for name, methods in METHODS.items()
+                }
+                prepared = prepare(files["stock"])
+                found = {name: train(file, prepared=prepared) for name, file in files.items()}
+                stock, part = found["stock"], found["PartialEmbedding"]
+                row = {
+                    "task": task_name,
+                    "seed": seed,
+                    "metric": part.metric_name,
+                    "stock": stock.metric,
+                    "partial_embedding": part.metric,
+                    "identical": stock.metrics == part.metrics,
+                    "kept_rows": len(part.recipe.transforms[0].ids),
+                    "stock_peak_bytes": stock.peak_bytes,
+                    "peak_bytes": part.peak_bytes,
+                    "predicted_drop": stock.predicted_peak_bytes - part.predicted_peak_bytes,
+                    "measured_drop": stock.peak_bytes - part.peak_bytes,
+                    "batch": part.measured_batch,
+                }
+                if seed == seeds[0]:
+                    ratios = [step_time(files["PartialEmbedding"], part.recipe, prepared, rounds=15)[0] for _ in range(3)]
+                    row["step_time"] = statistics.median(ratios)
+                    row["step_time_runs"] = ratios
+                    row["export"] = check_export(files["PartialEmbedding"], prepared)
+                rows.append(row)
+                record.write(NAME, {"train": TRAIN, "tasks": TASKS}, rows)
+                print(row, flush=True)
+    return rows
+
+
+def check_export(file, prepared) -> dict[str, Any]:
+    """Export the finished run and load it plainly: keys that do not fit, and the largest logit difference."""
+    import tightfit
+    from tightfit.train.data import longest_batch
+    from tightfit.train.tasks import build_model
+
+    applied = tightfit.load(build_model(file, prepared.data), file.output)
+    batch = {k: v for k, v in longest_batch(prepared.data, 8).items() if k != "labels"}
+    with tempfile.TemporaryDirectory() as folder:
+        applied.export(Path(folder) / "stock")
+        plain, info = type(applied.model).from_pretrained(Path(folder) / "stock", output_loading_info=True)
+    with torch.no_grad():
+        difference = (applied.model.eval()(**batch).logits - plain.eval()(**batch).logits).abs().max()
+    odd = {key: sorted(map(str, value)) for key, value in info.items() if key.endswith("_keys") and value}
+    return {"odd_keys": odd, "largest_logit_difference": float(difference)}
