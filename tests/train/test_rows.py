@@ -66,7 +66,7 @@ def test_columns_name_a_file_without_header(tmp_path):
     assert read_rows(path, columns=["text", "label"]).columns == {"text": ["x", "y"], "label": ["1", "0"]}
     headed = write(tmp_path / "b.tsv", "text\tlabel\nx\t1\n")
     assert len(read_rows(headed, columns=["text", "label"])) == 1
-    with pytest.raises(DataError, match="data.columns: column 'a' is named 2 times"):
+    with pytest.raises(DataError, match=r"data\.columns: column 'a' is named 2 times"):
         read_rows(path, columns=["a", "a"])
 
 

@@ -13,6 +13,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import os
 import re
 import sys
 import sysconfig
@@ -27,7 +28,7 @@ MOST_PER_CLASS = 480
 FEWEST_PER_CLASS = 120
 EVAL_SHARE = 0.2
 _SHORTEST_WORDS, _LONGEST_WORDS = 4, 40
-_CANDIDATES = 18  # packages that are parsed; chosen by a count of triple quotes, which costs no parsing
+_CANDIDATES = 14  # packages that are parsed; chosen by a count of triple quotes, which costs no parsing
 _SKIPPED = {
     "test",
     "tests",
@@ -39,6 +40,7 @@ _SKIPPED = {
     "dist-packages",
 }
 _SKIPPED |= {"__pycache__", "encodings", "pydoc_data", "ensurepip", "idle_test", "this"}
+_WORD = re.compile(r"\S*[^\W\d_]\S*")
 _IDENTIFIER = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 
 
@@ -84,11 +86,8 @@ def _found(root: Path) -> tuple[DocstringRow, ...]:
 def _candidate_files(root: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     quotes: Counter[str] = Counter()
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if _SKIPPED & set(parts) or parts[0].startswith(("__", "config-")):
-            continue
-        package = parts[0]
+    for path in _sources(root):
+        package = path.relative_to(root).with_suffix("").parts[0]
         if package.startswith("_"):  # _pydecimal holds decimal, _collections_abc collections
             bare = re.sub(r"^_(py)?|_abc$", "", package)
             package = bare if bare in sys.stdlib_module_names else package
@@ -96,6 +95,16 @@ def _candidate_files(root: Path) -> dict[str, list[Path]]:
         source = path.read_bytes()
         quotes[package] += source.count(b'"""') + source.count(b"'''")
     return {package: found[package] for package, _ in sorted(quotes.items(), key=lambda x: (-x[1], x[0]))[:_CANDIDATES]}
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.removesuffix(".py") in _SKIPPED or entry.name.startswith(("__phello__", "config-")):
+            continue
+        if entry.is_dir():
+            yield from _sources(Path(entry.path))
+        elif entry.name.endswith(".py"):
+            yield Path(entry.path)
 
 
 def _objects(root: Path, path: Path, package: str, classes: set[str]) -> Iterator[_Object]:
@@ -193,8 +202,7 @@ def _masked(text: str, name: str, labels: re.Pattern[str], classes: set[str]) ->
 
 
 def _is_telling(text: str) -> bool:
-    words = [word for word in text.replace(MASK, " ").split() if any(c.isalpha() for c in word)]
-    return len(words) >= _SHORTEST_WORDS
+    return len(_WORD.findall(text.replace(MASK, " "))) >= _SHORTEST_WORDS
 
 
 def _share(purpose: str, name: str) -> float:

@@ -174,11 +174,11 @@ def _span(question: Question, offsets: list) -> tuple[int, int]:
 def _questions(file: RecipeFile) -> tuple[list[Question], list[Question], list[str]]:
     section = file.data
     if not is_squad(section.train):
-        train, held_out, notes = read_sources(section)
-        if held_out is None:
-            train, held_out, note = split_off(train, section.eval_fraction, section.eval_rows)
+        rows, other, notes = read_sources(section)
+        if other is None:
+            rows, other, note = split_off(rows, section.eval_fraction, section.eval_rows)
             notes.append(note)
-        return _from_rows(train), _from_rows(held_out), notes
+        return _from_rows(rows), _from_rows(other), notes
     train = read_squad(section.train)[: section.rows]
     if section.eval is not None:
         return train, read_squad(section.eval)[: section.eval_rows], []

@@ -258,7 +258,7 @@ def _override(content: dict, places: dict[KeyPath, str], override: str) -> None:
             places[key_path] = where
             return
         if isinstance(holder, list):
-            holder[key] = _method_entry(holder[key]) if key_path[0] == "methods" else holder[key]
+            holder[int(part)] = _method_entry(holder[int(part)]) if parts[0] == "methods" else holder[int(part)]
         elif holder.get(part) is None:
             holder[part] = {}
             places[key_path] = where
@@ -333,7 +333,8 @@ def _reason(problem: Any, key_path: KeyPath) -> str:
 
 
 def _section(key_path: KeyPath) -> type[BaseModel] | None:
-    return {(): RecipeFile, ("data",): DataSection, ("train",): TrainSection}.get(key_path)
+    sections: dict[KeyPath, type[BaseModel]] = {(): RecipeFile, ("data",): DataSection, ("train",): TrainSection}
+    return sections.get(key_path)
 
 
 def _listed(section: type[BaseModel] | None) -> str:

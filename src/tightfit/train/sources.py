@@ -25,11 +25,11 @@ def read_sources(section: DataSection) -> tuple[Rows, Rows | None, list[str]]:
     """Rows of `train` and `eval` (None: to be split off), and notes for the user. Raises: DataError."""
     if section.train == DEMO:
         train, held_out = demo_rows()
-        given = section.eval not in (None, DEMO)
-        other = (
-            _read(section.eval, section, "eval", section.eval_rows)[0] if given else _first(held_out, section.eval_rows)
-        )
-        return _first(train, section.rows), other, []
+        if section.eval is None or section.eval == DEMO:
+            held_out = _first(held_out, section.eval_rows)
+        else:
+            held_out, _ = _read(section.eval, section, "eval", section.eval_rows)
+        return _first(train, section.rows), held_out, []
     train, eval_split = _read(section.train, section, "train", section.rows)
     if section.eval is not None:
         if section.eval == DEMO:
@@ -50,6 +50,8 @@ def demo_rows() -> tuple[Rows, Rows]:
     from tightfit.train.demo_data import stdlib_docstrings
 
     docstrings = stdlib_docstrings()
+    if len({d.package for d in docstrings}) < 2:
+        raise DataError(f"{DEMO}: this Python carries no source files of its standard library; give a data file")
 
     def rows(split: str) -> Rows:
         kept = [d for d in docstrings if d.split == split]

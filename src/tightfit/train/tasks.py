@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tightfit.train.data import TaskData
+    from tightfit.train.images import ImageProcessor
     from tightfit.train.recipe_file import RecipeFile
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def model_path(name: str) -> str:
     return name
 
 
-def build_tokenizer(file: RecipeFile) -> PreTrainedTokenizerBase:
+def build_tokenizer(file: RecipeFile) -> PreTrainedTokenizerBase | ImageProcessor:
     """The model's tokenizer, with a pad token; for image-classification its image processor.
 
     A tokenizer without a pad token pads with its end token. Raises: RecipeError when there is none.
@@ -120,8 +121,9 @@ def build_model(file: RecipeFile, data: TaskData) -> PreTrainedModel:
     missing = [key for key in sorted(loading["missing_keys"]) if key.startswith(body) and "pooler" not in key]
     if missing:
         log.warning("%s lacks weights, they start at random: %s", file.model, shorten(missing))
-    if model.config.get_text_config().pad_token_id is None and hasattr(data.collator, "tokenizer"):
-        model.config.get_text_config().pad_token_id = data.collator.tokenizer.pad_token_id
+    config = model.config.get_text_config()
+    if getattr(config, "pad_token_id", None) is None and hasattr(data.collator, "tokenizer"):
+        config.pad_token_id = data.collator.tokenizer.pad_token_id
     _check_positions(file, model)
     return model
 
@@ -190,7 +192,7 @@ def _quiet() -> Iterator[None]:
 def _loaded(file: RecipeFile, what: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # safetensors, tokenizers and the hub client raise kinds of their own
         reason = " ".join(str(error).split())
         reason = reason if len(reason) < 300 else reason[:300] + "..."
         raise RecipeError(f"model: {file.model}: its {what} cannot be loaded for {file.task}: {reason}") from error
