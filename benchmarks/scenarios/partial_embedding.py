@@ -90,7 +90,8 @@ def run(seeds: tuple[int, ...] = SEEDS) -> list[dict[str, Any]]:
                     "batch": part.measured_batch,
                 }
                 if seed == seeds[0]:
-                    ratios = [step_time(files["PartialEmbedding"], part.recipe, prepared, rounds=15)[0] for _ in range(3)]
+                    treated = files["PartialEmbedding"]
+                    ratios = [step_time(treated, part.recipe, prepared, rounds=15)[0] for _ in range(3)]
                     row["step_time"] = statistics.median(ratios)
                     row["step_time_runs"] = ratios
                     row["export"] = check_export(files["PartialEmbedding"], prepared)

@@ -67,6 +67,10 @@ class Part:
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take back what `tensors` gave."""
 
+    def host_bytes(self) -> int:
+        """Bytes of host-side stores, which no allocator counts."""
+        return 0
+
     def recipe_fields(self) -> dict[str, Any]:
         """Fields of the transform that changed since it was applied (a kept set that has grown, say)."""
         return {}

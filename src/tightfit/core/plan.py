@@ -169,9 +169,11 @@ def _costs(applied: Applied, batch: Any, optimizer: str | Callable, options: dic
     if not any(p.requires_grad for p in applied.model.parameters()):
         raise StateError(f"plan: the recipe {applied.recipe} leaves no parameter to train")
     found = simulate(applied.model, batch, optimizer=optimizer, **options)
+    by_category = dict.fromkeys(CATEGORIES, 0) | found.by_category
+    by_category["host"] += sum(part.host_bytes() for part in applied.parts)
     return {
         "peak_bytes": found.peak_bytes,
-        "by_category": dict.fromkeys(CATEGORIES, 0) | found.by_category,
+        "by_category": by_category,
         "simulation": found,
         "notes": found.notes,
     }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tightfit.core.edits import Part
 from tightfit.core.errors import ArtifactError, StateError, UnknownTokenError, shorten
@@ -26,6 +28,7 @@ class RowCodec:
     def __init__(self, full: torch.Tensor, vocabulary: Vocabulary):
         self.vocabulary = vocabulary
         self.home = to_host(_rows(full, vocabulary.dropped))
+        self.decay = 1.0
         vocabulary.codecs.append(self)
 
     def encode(self, full: torch.Tensor) -> torch.Tensor:
@@ -35,9 +38,8 @@ class RowCodec:
         vocabulary = self.vocabulary
         device = "meta" if small.is_meta else "cpu"
         full = torch.empty((vocabulary.size, *small.shape[1:]), dtype=small.dtype, device=device)
-        full[vocabulary.dropped] = (
-            self.home.to(small.dtype) * vocabulary.decay if vocabulary.decay != 1.0 else self.home.to(small.dtype)
-        )
+        rest = self.home.to(small.dtype)
+        full[vocabulary.dropped] = rest if self.decay == 1.0 else rest * self.decay
         full[vocabulary.ids] = small.detach().to(device)
         return full
 
@@ -49,12 +51,19 @@ class RowCodec:
                 f"a reduced table carries no ids, so load a stock-shaped state dict, or tightfit.load(model, folder)"
             )
         rest = _rows(full, vocabulary.dropped).detach()
-        if not torch.equal(rest.cpu(), self.home.to(rest.dtype)):
-            self.home = to_host(rest)
+        if self.decay != 1.0 or not torch.equal(rest.cpu(), self.home.to(rest.dtype)):
+            self.home, self.decay = to_host(rest), 1.0
         return self.encode(full)
 
     def residue(self) -> torch.Tensor | None:
         return self.home if self.home.numel() else None
+
+    def __deepcopy__(self, memo):
+        twin = memo[id(self)] = object.__new__(RowCodec)
+        # the store is replaced, never written to, so the copy can read the same one
+        twin.home, twin.decay = self.home, self.decay
+        twin.vocabulary = copy.deepcopy(self.vocabulary, memo)
+        return twin
 
 
 def _rows(full: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -80,10 +89,10 @@ class Vocabulary(Part):
         self.tables: list[tuple[RowCodec, nn.Module, str]] = []
         self.lookups: list[nn.Module] = []
         self.heads: list[nn.Module] = []
-        self.decay = 1.0
         self.outside_labels: torch.Tensor | None = None
         self.mass: list[float] = []
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._watch: weakref.finalize | None = None
         self._set(torch.tensor(ids, dtype=torch.int64))
 
     def _set(self, ids: torch.Tensor) -> None:
@@ -140,34 +149,46 @@ class Vocabulary(Part):
                 "PartialEmbedding: the vocabulary cannot grow in a run of several processes, their tables would differ; "
                 "scan all data first"
             )
+        self._refuse_strange_states()
         old_ids, full = self.ids, [codec.decode(_held(module, attribute)) for codec, module, attribute in self.tables]
         self._set(union)
         into = torch.searchsorted(self.ids, old_ids)
         for (codec, module, attribute), table in zip(self.tables, full):
+            codec.home, codec.decay = to_host(_rows(table, self.dropped)), 1.0
             tensor = _held(module, attribute)
-            codec.home = to_host(_rows(table, self.dropped))
-            grown = _rows(table, self.ids).to(tensor.device)
-            self._regroup(tensor, into, grown)
+            self._regroup(tensor, into.to(tensor.device), _rows(table, self.ids).to(tensor.device))
         self._refresh()
         return added
 
     def _regroup(self, tensor: torch.Tensor, into: torch.Tensor, grown: torch.Tensor) -> None:
         """Put `grown` under the same tensor object and move its gradient and moments to their new rows."""
-        old_shape = tensor.shape
-        into = into.to(tensor.device)
-
-        def moved(value: torch.Tensor) -> torch.Tensor:
-            return value.new_zeros(grown.shape).index_copy_(0, into, value)
-
+        rows = len(tensor)
         for optimizer in self._optimizers:
             state = optimizer.state.get(tensor, {})
             for key, value in state.items():
-                if torch.is_tensor(value) and value.shape == old_shape:
-                    state[key] = moved(value)
+                if torch.is_tensor(value) and value.shape[:1] == (rows,):
+                    state[key] = value.new_zeros(len(grown), *value.shape[1:]).index_copy_(0, into, value)
         gradient, tensor.grad = tensor.grad, None
+        # a graph that is still alive holds the old shape; only a change of dtype makes autograd look again
+        tensor.data = grown.new_empty(0, dtype=torch.float16 if grown.dtype != torch.float16 else torch.float32)
         tensor.data = grown
         if gradient is not None:
-            tensor.grad = moved(gradient)
+            tensor.grad = torch.zeros_like(grown).index_copy_(0, into, gradient)
+
+    def _refuse_strange_states(self) -> None:
+        """Moments go row by row with the table; a state of another layout (8-bit blocks) cannot be taken along."""
+        for _, module, attribute in self.tables:
+            tensor = _held(module, attribute)
+            for optimizer in self._optimizers:
+                for key, value in optimizer.state.get(tensor, {}).items():
+                    if not torch.is_tensor(value) or value.numel() == 1 or value.shape == tensor.shape[1:]:
+                        continue
+                    if value.shape not in (tensor.shape, tensor.shape[:1]) or not value.is_floating_point():
+                        raise StateError(
+                            f"PartialEmbedding: the vocabulary cannot grow: {type(optimizer).__name__} keeps {key!r} of "
+                            f"shape {tuple(value.shape)} and dtype {value.dtype} for a table of shape "
+                            f"{tuple(tensor.shape)}, which has no rows to add; scan all data first, or use AdamW"
+                        )
 
     def _refresh(self) -> None:
         slots, positions = self.slots(), self.positions()
@@ -183,28 +204,62 @@ class Vocabulary(Part):
 
     # -- part hooks ---------------------------------------------------------------------------------------------
 
+    def watch(self) -> None:
+        """From now on see every optimizer step, whoever made the optimizer."""
+        if self._watch is None:
+            hook = register_optimizer_step_pre_hook(_BeforeStep(weakref.ref(self)))
+            self._watch = weakref.finalize(self, hook.remove)
+
+    def unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch()
+            self._watch = None
+
     def optimizer_made(self, optimizer: torch.optim.Optimizer) -> None:
-        if optimizer in self._optimizers:
-            return
-        if self.decay_dropped:
-            if type(optimizer).__name__ != "AdamW":
-                raise ValueError(
-                    f"PartialEmbedding(decay_dropped=True): {type(optimizer).__name__} moves unused rows by more than a "
-                    f"factor; only AdamW's decoupled weight decay can be reproduced"
-                )
-            optimizer.register_step_pre_hook(_DecayWatch(weakref.ref(self)))
+        self._follow(optimizer)
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Remember an optimizer of our tables, and by how much its weight decay would shrink their dropped rows."""
+        codecs = {id(_held(module, attribute)): codec for codec, module, attribute in self.tables}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                codec = codecs.get(id(parameter))
+                if codec is None:
+                    continue
+                self._follow(optimizer)
+                if self.decay_dropped and parameter.grad is not None:
+                    codec.decay *= 1.0 - float(group["lr"]) * float(group["weight_decay"])
+
+    def _follow(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.decay_dropped and not isinstance(optimizer, torch.optim.AdamW):
+            raise ValueError(
+                f"PartialEmbedding(decay_dropped=True): {type(optimizer).__name__} moves unused rows by more than a "
+                f"factor; only the decoupled weight decay of torch.optim.AdamW can be reproduced"
+            )
         self._optimizers.add(optimizer)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        if not self.decay_dropped:
+            return {}
+        return {"decay": torch.tensor([codec.decay for codec in self.codecs], dtype=torch.float64)}
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        for codec, decay in zip(self.codecs, tensors.get("decay", torch.empty(0)).tolist()):
+            codec.decay = decay
 
     def recipe_fields(self) -> dict[str, Any]:
         now = tuple(self.ids.tolist())
         return {} if now == self.first_ids else {"ids": now}
 
+    def host_bytes(self) -> int:
+        return sum(c.home.numel() * c.home.element_size() for c in self.codecs)
+
     def report(self) -> dict[str, Any]:
         facts: dict[str, Any] = {
-            "rows_kept": len(self.ids),
+            "rows_kept": len(self.ids) if self.tables else self.size,
             "rows_stock": self.size,
             "head": self.head,
-            "host_bytes": sum(c.home.numel() * c.home.element_size() for c in self.codecs),
+            "host_bytes": self.host_bytes(),
         }
         if self.outside_labels is not None:
             facts["labels_outside"] = int(self.outside_labels)
@@ -223,12 +278,16 @@ class Vocabulary(Part):
             )
 
     def __deepcopy__(self, memo):
-        import copy
-
         twin = memo[id(self)] = object.__new__(Vocabulary)
+        # optimizers belong to the original; id tensors are replaced, never written to
+        shared = {"tokenizer": self.tokenizer, "ids": self.ids, "dropped": self.dropped}
+        own = {"_optimizers": weakref.WeakSet(), "_watch": None}
         for key, value in vars(self).items():
-            # optimizers belong to the original; stored rows are never written to, so they can be shared
-            twin.__dict__[key] = weakref.WeakSet() if key == "_optimizers" else copy.deepcopy(value, memo)
+            twin.__dict__[key] = (
+                own[key] if key in own else shared[key] if key in shared else copy.deepcopy(value, memo)
+            )
+        if self._watch is not None:
+            twin.watch()
         return twin
 
 
@@ -245,18 +304,11 @@ def set_lookup_facts(module: nn.Module, vocabulary: Vocabulary) -> None:
     module.num_embeddings = len(vocabulary.ids)
 
 
-class _DecayWatch:
-    """Follows the factor by which weight decay would have shrunk the dropped rows."""
-
+class _BeforeStep:
     def __init__(self, vocabulary: weakref.ref[Vocabulary]):
         self.vocabulary = vocabulary
 
     def __call__(self, optimizer, args, kwargs):
         vocabulary = self.vocabulary()
-        if vocabulary is None or not vocabulary.tables:
-            return
-        _, module, attribute = vocabulary.tables[0]
-        table = _held(module, attribute)
-        for group in optimizer.param_groups:
-            if any(p is table for p in group["params"]) and table.grad is not None:
-                vocabulary.decay *= 1.0 - group["lr"] * group["weight_decay"]
+        if vocabulary is not None:
+            vocabulary.before_step(optimizer)
