@@ -365,3 +365,15 @@ def test_missing_weights_are_said_and_a_new_head_is_not(tmp_path, labelled, capl
         safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
         build_model(file, data)
     assert [r for r in caplog.records if "lacks weights" in r.getMessage() and "output.dense.weight" in r.getMessage()]
+
+
+def test_a_head_for_other_classes_is_replaced_a_body_of_another_size_refused(tmp_path, labelled):
+    images = np.zeros((6, 8, 8, 3), dtype=np.uint8)
+    path = tmp_path / "a.npz"
+    np.savez(path, images=images, labels=np.array([0, 1, 2, 0, 1, 2]))
+    file = recipe(vit(tmp_path / "vit"), "image-classification", train=str(path), eval=str(path))  # two classes
+    data = load_data(file, build_tokenizer(file))
+    assert build_model(file, data).classifier.out_features == 3
+    config = json.loads((tmp_path / "vit" / "config.json").read_text())
+    (tmp_path / "vit" / "config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
+    assert "(32,), its config.json asks for (24,)" in refused(lambda: build_model(file, data))

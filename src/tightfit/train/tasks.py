@@ -100,13 +100,14 @@ def build_model(file: RecipeFile, data: TaskData) -> PreTrainedModel:
     `precision: bf16` and `fp16` keep fp32 weights and mean autocast, as in `TrainingArguments(bf16=True)`.
 
     Raises:
-        RecipeError: no such model, none for this task, or `train.max_length` above its positions.
+        RecipeError: no such model, none for this task, weights that do not fit its config, or
+            `train.max_length` above its positions.
     """
     import transformers
 
     path = model_path(file.model)
     auto = getattr(transformers, AUTO_CLASSES[file.task])
-    options: dict[str, Any] = {"dtype": torch.float32}
+    options: dict[str, Any] = {"dtype": torch.float32, "ignore_mismatched_sizes": True}  # checked below
     if data.num_labels is not None and file.task != "question-answering":
         options["num_labels"] = data.num_labels
         options["problem_type"] = data.problem_type
@@ -117,10 +118,7 @@ def build_model(file: RecipeFile, data: TaskData) -> PreTrainedModel:
     with _quiet():
         load = functools.partial(auto.from_pretrained, path, output_loading_info=True, **options)
         model, loading = _loaded(file, "model", load)
-    body = f"{model.base_model_prefix}."
-    missing = [key for key in sorted(loading["missing_keys"]) if key.startswith(body) and "pooler" not in key]
-    if missing:
-        log.warning("%s lacks weights, they start at random: %s", file.model, shorten(missing))
+    _check_weights(file, model, loading)
     config = model.config.get_text_config()
     if getattr(config, "pad_token_id", None) is None and hasattr(data.collator, "tokenizer"):
         config.pad_token_id = data.collator.tokenizer.pad_token_id
@@ -196,6 +194,20 @@ def _loaded(file: RecipeFile, what: str, load: Callable[[], Any]) -> Any:
         reason = " ".join(str(error).split())
         reason = reason if len(reason) < 300 else reason[:300] + "..."
         raise RecipeError(f"model: {file.model}: its {what} cannot be loaded for {file.task}: {reason}") from error
+
+
+def _check_weights(file: RecipeFile, model: PreTrainedModel, loading: dict[str, Any]) -> None:
+    """A new head may start at random, also in place of one with other classes; the body may not unsaid."""
+    body = f"{model.base_model_prefix}."
+    for key, found, wanted in sorted(loading["mismatched_keys"]):
+        if key.startswith(body):
+            raise RecipeError(
+                f"model: {file.model}: its weight {key} is {tuple(found)}, its config.json asks for {tuple(wanted)}"
+            )
+        log.info("%s: %s is %s there and starts anew as %s", file.model, key, tuple(found), tuple(wanted))
+    missing = [key for key in sorted(loading["missing_keys"]) if key.startswith(body) and "pooler" not in key]
+    if missing:
+        log.warning("%s lacks weights, they start at random: %s", file.model, shorten(missing))
 
 
 def _check_positions(file: RecipeFile, model: PreTrainedModel) -> None:
