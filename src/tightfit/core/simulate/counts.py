@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 aten = torch.ops.aten
+Call = tuple[int, str, str, tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]
 
 _EXP = (
     "exp",
@@ -26,6 +27,7 @@ _EXP = (
     "pow",
     "scaled_dot_product",
 )
+_NO_WORK = ("prim", "profiler")
 _RANDOM = ("bernoulli", "native_dropout", "rand", "normal_", "uniform_", "exponential_", "multinomial")
 
 
@@ -88,16 +90,23 @@ def _flop_formula(func) -> Callable | None:
 
 @dataclasses.dataclass
 class Counts:
-    """Work of a step, per phase number: FLOPs, bytes in and out, elements of exp-like and random ops, operators."""
+    """Work of a step, per phase number: FLOPs, bytes in and out, elements of exp-like and random ops, operators.
+
+    `calls` has what the time model prices: (phase number, operator, element type, shapes of the tensor inputs, shapes
+    of the outputs) -> how often it runs.
+    """
 
     flops: dict[int, int] = dataclasses.field(default_factory=dict)
     bytes_moved: dict[int, int] = dataclasses.field(default_factory=dict)
     exponentials: dict[int, int] = dataclasses.field(default_factory=dict)
     draws: dict[int, int] = dataclasses.field(default_factory=dict)
     operators: dict[int, int] = dataclasses.field(default_factory=dict)
+    calls: dict[Call, int] = dataclasses.field(default_factory=dict)
 
     def add(self, phase: int, func, facts: Facts, args, kwargs, inputs, outputs) -> None:
         """Count one operator that is not a view."""
+        if func.namespace in _NO_WORK:
+            return
         _plus(self.operators, phase, 1)
         moved = 0
         for tensor in inputs:
@@ -105,6 +114,8 @@ class Counts:
         for tensor in outputs:
             moved += tensor.numel() * tensor.element_size()
         _plus(self.bytes_moved, phase, moved)
+        call = (phase, facts.name, *_form(inputs, outputs))
+        self.calls[call] = self.calls.get(call, 0) + 1
         if facts.flops is not None and outputs:
             # a formula may not know this signature: the operator is then counted by bytes alone
             with contextlib.suppress(Exception):
@@ -116,6 +127,12 @@ class Counts:
             _plus(self.exponentials, phase, elements)
         if facts.draws and outputs:
             _plus(self.draws, phase, outputs[0].numel())
+
+
+def _form(inputs, outputs) -> tuple[str, tuple, tuple]:
+    first = next((t for t in (*inputs, *outputs) if t.dtype.is_floating_point), None)
+    dtype = "" if first is None else str(first.dtype)
+    return dtype, tuple(tuple(t.shape) for t in inputs), tuple(tuple(t.shape) for t in outputs)
 
 
 def _plus(table: dict[int, int], phase: int, amount: int) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from tightfit.core.simulate import timeline
 from tightfit.core.simulate.batches import example_batch
 from tightfit.core.simulate.counts import Counts
+from tightfit.core.simulate.hidden import Hidden, measure_hidden
 from tightfit.core.simulate.step import Loss, StepOptions, trace_step
 from tightfit.core.simulate.tracker import PHASES, Trace
 
@@ -53,6 +54,7 @@ class Simulation:
         static_bytes: alive before the step: weights, optimizer state, batch.
         flops, bytes_moved, exponentials, draws, operators: phase -> counts for the time model (elements of exp-like
             functions, random numbers drawn, operators that are no views).
+        calls: (phase, operator, element type, shapes of the tensor inputs, shapes of the outputs) -> how often.
         timeline: live bytes over the step.
         slack_bytes: how much more the peak may be because something could not be seen here.
         notes: what was modelled, extrapolated or left out.
@@ -72,6 +74,7 @@ class Simulation:
     exponentials: dict[str, int]
     draws: dict[str, int]
     operators: dict[str, int]
+    calls: dict[tuple, int]
     timeline: Timeline
     slack_bytes: int = 0
     notes: tuple[str, ...] = ()
@@ -123,11 +126,13 @@ def simulate(
         optimizer=optimizer, clip=clip, autocast=autocast, loss=loss, device=device, train=train, accumulate=accumulate
     )
     trace, counts = trace_step(model, batch, options)
-    return _assemble(trace, counts)
+    return _assemble(trace, counts, device)
 
 
-def _assemble(trace: Trace, counts: Counts) -> Simulation:
+def _assemble(trace: Trace, counts: Counts, device: str) -> Simulation:
     found = timeline.levels(trace)
+    unseen = _hidden(trace, found) if device == "cpu" else Hidden({})
+    found = timeline.levels(trace, unseen.extra)
     peak_bytes, at = timeline.peak(found, trace)
     split = dict(zip(timeline.CATEGORIES, found.categories[at]))
     saved = timeline.saved_by_module(trace)
@@ -146,6 +151,7 @@ def _assemble(trace: Trace, counts: Counts) -> Simulation:
         exponentials=_named(counts.exponentials),
         draws=_named(counts.draws),
         operators=_named(counts.operators),
+        calls={(PHASES[call[0]], *call[1:]): number for call, number in counts.calls.items()},
         timeline=Timeline(
             [PHASES[p] for p in trace.phases],
             trace.modules,
@@ -153,7 +159,15 @@ def _assemble(trace: Trace, counts: Counts) -> Simulation:
             {name: [split[i] for split in found.categories] for i, name in enumerate(timeline.CATEGORIES)},
             at,
         ),
+        slack_bytes=unseen.slack_bytes,
+        notes=unseen.notes,
     )
+
+
+def _hidden(trace: Trace, found: timeline.Levels) -> Hidden:
+    maxima = timeline.phase_maxima(found, trace)
+    ceiling = [maxima.get(PHASES[phase], 0) for phase in trace.phases]
+    return measure_hidden(trace.signatures, found.total, ceiling)
 
 
 def _named(table: dict[int, int]) -> dict[str, int]:
