@@ -56,6 +56,10 @@ class HeadSource:
         """Last touch on real logits, after the model's own scaling and capping."""
         return logits
 
+    def compiled(self, head: nn.Module, hidden: torch.Tensor, stock) -> torch.Tensor:
+        """The real logits inside a compiled graph, where nothing can be deferred: the model goes on from here."""
+        return self.finish(head, self.logits(head, hidden, stock))
+
     def targets(self, head: nn.Module, target: torch.Tensor, ignore_index: int) -> torch.Tensor:
         """Class numbers for vocabulary ids, in the order of `rows`."""
         return target
@@ -70,7 +74,7 @@ class DeferredHead:
     def forward(self, hidden):
         source: HeadSource = state_of(self, DeferredHead)["source"]  # type: ignore[arg-type]
         if torch.compiler.is_compiling():
-            return source.logits(self, hidden, super().forward)  # type: ignore[misc, arg-type]
+            return source.compiled(self, hidden, super().forward)  # type: ignore[misc, arg-type]
         return DeferredLogits(hidden, self, super().forward, source)  # type: ignore[misc]
 
 
@@ -84,22 +88,27 @@ class Scaling:
 
 
 class DeferredLogits(torch.Tensor):
-    """A tensor in type, shape and dtype; its values are computed when something needs them."""
+    """A tensor in type, shape and dtype; its values are computed when something needs them.
+
+    A slice or reshape remembers what it was taken from: once real, both share memory, as in stock.
+    """
 
     _hidden: torch.Tensor
     _head: nn.Module
     _stock: Any
     _source: HeadSource
     _steps: tuple
+    _view: tuple[DeferredLogits, Any] | None
     _real: torch.Tensor | None
+    _version_seen: int
 
     @staticmethod
-    def __new__(cls, hidden, head, stock, source, steps=(), dtype=None):
+    def __new__(cls, hidden, head, stock, source, steps=(), dtype=None, view=None):
         shape = (*hidden.shape[:-1], source.width(head))
         dtype = dtype or _output_dtype(hidden, head)
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
         self._hidden, self._head, self._stock, self._source = hidden, head, stock, source
-        self._steps, self._real = steps, None
+        self._steps, self._view, self._real, self._version_seen = steps, view, None, 0
         return self
 
     def __init__(self, *args, **kwargs):
@@ -108,22 +117,30 @@ class DeferredLogits(torch.Tensor):
     def materialise(self) -> torch.Tensor:
         """The real logits, computed once."""
         if self._real is None:
-            out = self._source.logits(self._head, self._hidden, self._stock)
-            for function, args, kwargs in self._steps:
-                out = function(out, *args, **kwargs)
-            self._real = self._source.finish(self._head, out)
+            if self._view is not None:
+                parent, function = self._view
+                self._real = function(parent.materialise())
+            else:
+                out = self._source.logits(self._head, self._hidden, self._stock)
+                for function, args, kwargs in self._steps:
+                    out = function(out, *args, **kwargs)
+                self._real = self._source.finish(self._head, out)
+            self._version_seen = 0 if self._real.is_inference() else self._real._version
         return self._real
 
-    def _with(self, hidden=None, step=None, dtype=None) -> DeferredLogits:
-        steps = self._steps if step is None else (*self._steps, step)
-        return DeferredLogits(
-            self._hidden if hidden is None else hidden,
-            self._head,
-            self._stock,
-            self._source,
-            steps,
-            dtype or self._dtype(),
-        )
+    def _was_written_to(self) -> bool:
+        """Whether somebody changed the real logits in place, so that the hidden states no longer tell them."""
+        if self._real is not None:
+            return self._real.is_inference() or self._real._version != self._version_seen
+        return self._view is not None and self._view[0]._was_written_to()
+
+    def _after(self, step, dtype=None) -> DeferredLogits:
+        dtype = dtype or self._dtype()
+        return DeferredLogits(self._hidden, self._head, self._stock, self._source, (*self._steps, step), dtype)
+
+    def _viewed(self, hidden, function) -> DeferredLogits:
+        view = (self, function)
+        return DeferredLogits(hidden, self._head, self._stock, self._source, self._steps, self._dtype(), view)
 
     def _dtype(self) -> torch.dtype:
         with torch._C.DisableTorchFunctionSubclass():
@@ -145,7 +162,7 @@ class DeferredLogits(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         handler = _HANDLERS.get(func)
-        if handler is not None:
+        if handler is not None and not any(isinstance(a, DeferredLogits) and a._was_written_to() for a in args):
             out = handler(*args, **kwargs)
             if out is not NotImplemented:
                 return out
@@ -178,37 +195,37 @@ def _real(value):
 
 
 def _float(logits):
-    return logits._with(step=(torch.Tensor.float, (), {}), dtype=torch.float32)
+    return logits._after((torch.Tensor.float, (), {}), dtype=torch.float32)
 
 
 def _to(logits, *args, **kwargs):
     dtype = kwargs.get("dtype", args[0] if args else None)
     if len(args) + len(kwargs) == 1 and dtype is not None and isinstance(dtype, torch.dtype):
-        return logits._with(step=(torch.Tensor.to, (dtype,), {}), dtype=dtype)
+        return logits._after((torch.Tensor.to, (dtype,), {}), dtype=dtype)
     device = kwargs.get("device", args[0] if args else None)
     if len(args) + len(kwargs) == 1 and isinstance(device, torch.device) and device == logits.device:
         return logits
     return NotImplemented
 
 
-def _same(logits, *args, **kwargs):
-    return logits
+def _contiguous(logits, **kwargs):
+    return NotImplemented if kwargs else logits._viewed(logits._hidden, torch.Tensor.contiguous)
 
 
 def _multiply(logits, factor):
     if isinstance(logits, DeferredLogits) and isinstance(factor, int | float):
-        return logits._with(step=(torch.mul, (factor,), {}))
+        return logits._after((torch.mul, (factor,), {}))
     return NotImplemented
 
 
 def _divide(logits, factor, **kwargs):
     if isinstance(logits, DeferredLogits) and isinstance(factor, int | float) and not kwargs:
-        return logits._with(step=(torch.div, (factor,), {}))
+        return logits._after((torch.div, (factor,), {}))
     return NotImplemented
 
 
 def _tanh(logits):
-    return logits._with(step=(torch.tanh, (), {}))
+    return logits._after((torch.tanh, (), {}))
 
 
 def _add(logits, other, **kwargs):
@@ -216,9 +233,9 @@ def _add(logits, other, **kwargs):
         return NotImplemented
     if isinstance(other, DeferredLogits) or other.numel() != logits.shape[-1] or other.shape[-1] != other.numel():
         return NotImplemented
-    if other.dtype != logits.dtype:
+    if not other.is_floating_point() or other.dim() > logits.dim():
         return NotImplemented
-    return logits._with(step=(torch.add, (other,), {}))
+    return logits._after((torch.add, (other,), {}), dtype=torch.promote_types(logits._dtype(), other.dtype))
 
 
 def _view(logits, *shape, **kwargs):
@@ -230,39 +247,32 @@ def _view(logits, *shape, **kwargs):
     leading = sizes[:-1]
     if sizes[-1] == -1 and _product(leading) != _product(logits.shape[:-1]):
         return NotImplemented
-    return logits._with(hidden=logits._hidden.reshape(*leading, logits._hidden.shape[-1]))
+    hidden = logits._hidden.reshape(*leading, logits._hidden.shape[-1])
+    return logits._viewed(hidden, lambda real: real.reshape(sizes))
 
 
 def _flatten(logits, start_dim=0, end_dim=-1):
     last = logits.dim() - 1
     if end_dim % logits.dim() == last:
         return NotImplemented
-    return logits._with(hidden=logits._hidden.flatten(start_dim, end_dim))
+    return logits._viewed(
+        logits._hidden.flatten(start_dim, end_dim), lambda real: torch.flatten(real, start_dim, end_dim)
+    )
 
 
 def _item(logits, index):
     """Slices of the token dimensions; the vocabulary dimension must stay whole."""
     parts = index if isinstance(index, tuple) else (index,)
-    if Ellipsis in [p for p in parts if not torch.is_tensor(p)]:
-        if len(parts) != 2 or parts[0] is not Ellipsis or not isinstance(parts[1], slice):
-            if (
-                len(parts) == 3
-                and parts[0] is Ellipsis
-                and parts[2] == slice(None)
-                and isinstance(parts[1], slice | int)
-            ):
-                return logits._with(hidden=logits._hidden[..., parts[1], :])
-            return NotImplemented
-        return NotImplemented if parts[1] != slice(None) else logits
-    if len(parts) > logits.dim() or any(p is None or isinstance(p, bool) for p in parts):
+    if not all(p is Ellipsis or (isinstance(p, slice | int) and not isinstance(p, bool)) for p in parts):
         return NotImplemented
-    if len(parts) == logits.dim():
-        if not isinstance(parts[-1], slice) or parts[-1] != slice(None):
-            return NotImplemented
-        parts = parts[:-1]
-    if not all(isinstance(p, slice | int) for p in parts):
+    given = [p for p in parts if p is not Ellipsis]
+    if len(parts) - len(given) > 1 or len(given) > logits.dim():
         return NotImplemented
-    return logits._with(hidden=logits._hidden[parts] if parts else logits._hidden)
+    reaches_last = given and (len(given) == logits.dim() or (len(given) < len(parts) and parts[-1] is not Ellipsis))
+    if reaches_last and given[-1] != slice(None):
+        return NotImplemented
+    # the hidden states have the same dimensions, so the same index picks the same tokens
+    return logits._viewed(logits._hidden[index], lambda real: real[index])
 
 
 def _product(sizes) -> int:
@@ -309,7 +319,7 @@ def _cross_entropy(
     if size_average is not None or reduce is not None or logits.dim() != 2 or target.dim() != 1:
         return NotImplemented
     scaling = _scaling(logits._steps)
-    if scaling is None or target.is_floating_point() or logits._real is not None:
+    if scaling is None or target.is_floating_point():
         return NotImplemented
     source, head = logits._source, logits._head
     rows = source.rows(head)
@@ -370,7 +380,7 @@ _METADATA = {
 _HANDLERS = {
     torch.Tensor.float: _float,
     torch.Tensor.to: _to,
-    torch.Tensor.contiguous: _same,
+    torch.Tensor.contiguous: _contiguous,
     torch.Tensor.mul: _multiply,
     torch.Tensor.__mul__: _multiply,
     torch.Tensor.__rmul__: _multiply,

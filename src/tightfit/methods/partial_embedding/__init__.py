@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
+from tightfit.core import hfmodel
 from tightfit.core.apply import Applied
 from tightfit.core.edits import CallEdit, Edit, Handle, ModuleEdit, ParameterEdit
 from tightfit.core.errors import shorten
@@ -32,9 +34,10 @@ class PartialEmbedding(Transform):
     """Hold only the embedding rows of the token ids a run uses; the others wait in a host-side store.
 
     Rows of unused ids get no gradient, yet cost weight, gradient and two Adam moments: 16 bytes a parameter in fp32.
-    The input side is lossless: with weight decay 0 the training run is bit for bit the stock one. Everything
-    outside the model (tokenizer, data, collators, labels, state dicts) keeps original ids and stock shapes. A
-    language-model head is given a chunked cross-entropy that never holds tokens x vocabulary.
+    The input side is lossless: with weight decay 0 the kept rows and all other parameters of a model without a
+    language-model head train bit for bit as in the stock run. Everything outside the model (tokenizer, data,
+    collators, labels, state dicts) keeps original ids and stock shapes. A language-model head is given a chunked
+    cross-entropy that never holds tokens x vocabulary; it equals the stock loss up to rounding.
 
     Fields:
         ids: kept token ids, any iterable of distinct ints; `PartialEmbedding.scan` finds them.
@@ -44,7 +47,8 @@ class PartialEmbedding(Transform):
             low by -log(1 - their probability), which is reported. "auto": split when the head is frozen, else full.
         unknown: what an id outside `ids` does: "error", "grow" (the row joins, with zero moments), or "fetch" (read
             from the store; for evaluation, or for frozen tables).
-        decay_dropped: shrink the dropped rows as AdamW's weight decay would have done in the stock run.
+        decay_dropped: shrink the dropped rows as AdamW's weight decay would have done in the stock run; by default
+            they keep their pretrained values, and only they differ from the stock run.
         force: apply even if less than 2 % of the training bytes are saved.
         tokenizer: names tokens in error messages; not part of the value.
 
@@ -136,6 +140,8 @@ class PartialEmbedding(Transform):
         """
         from tightfit.methods.partial_embedding.scan import count_ids, required_ids, union_across_ranks
 
+        if isinstance(min_count, bool) or not isinstance(min_count, int) or min_count < 1:
+            raise ValueError(f"PartialEmbedding.scan(min_count=...): got {min_count!r}, accepted is an int >= 1")
         size = find_tables(model).size if model is not None else None
         counts = count_ids(
             data,
@@ -148,9 +154,13 @@ class PartialEmbedding(Transform):
         )
         mask = counts >= min_count
         required, _ = required_ids(tokenizer, model)
-        for i in (*required, *keep):
-            if i < len(mask):
-                mask[i] = True
+        keep = list(keep)
+        odd = [i for i in keep if not 0 <= i < len(mask)]
+        if odd:
+            raise ValueError(
+                f"PartialEmbedding.scan(keep=...): {shorten(odd)} outside the vocabulary of {len(mask)} ids"
+            )
+        mask[[i for i in (*required, *keep) if i < len(mask)]] = True
         mask = union_across_ranks(mask)
         return cls(ids=tuple(int(i) for i in mask.nonzero()[0]), tokenizer=tokenizer, **fields)
 
@@ -185,6 +195,7 @@ class PartialEmbedding(Transform):
         head = self._head_mode(model, tables, context)
         reduced = self._reduced(tables, head)
         self._check_saving(model, context, reduced)
+        self._check_decay(model, tables, head, context)
         vocabulary = Vocabulary(self.ids, tables.size, self.unknown, head, self.decay_dropped, self.tokenizer)
         kept = f"{len(self.ids):,} of {tables.size:,} rows"
         for tensor in reduced:
@@ -202,12 +213,24 @@ class PartialEmbedding(Transform):
                 part=vocabulary,
             )
             if self.unknown == "grow":
-                yield CallEdit(mixin=GrowMixin, state=lambda m: {"vocabulary": vocabulary}, part=vocabulary)
+                yield from self._growth(model, vocabulary, labels=tables.head is not None)
         if tables.head is not None:
             note = f"head {head}, chunked loss"
             if not reduced:
                 note += "; the tied table trains as a whole, so its rows are all kept"
             yield HeadEdit(module=tables.head, part=vocabulary, reduced=head in ("split", "pruned"), note=note)
+
+    def _growth(self, model: nn.Module, vocabulary: Vocabulary, labels: bool) -> Iterator[Edit]:
+        # a trainer may call the backbone directly; labels (which make decoder ids) are seen by the model only
+        _, inner = hfmodel.backbone(model)
+        for where in ("backbone",) if inner is model or not labels else ("model", "backbone"):
+            sees_labels = labels and (where == "model" or inner is model)
+            yield CallEdit(
+                mixin=GrowMixin,
+                where=where,
+                state=lambda m, sees=sees_labels: {"vocabulary": vocabulary, "labels": sees},  # type: ignore[misc]
+                part=vocabulary,
+            )
 
     def _head_mode(self, model: nn.Module, tables: Tables, context: Context) -> str:
         if tables.output is None:
@@ -232,13 +255,22 @@ class PartialEmbedding(Transform):
         wrong = [i for i in self.ids if not 0 <= i < tables.size]
         if wrong:
             raise ValueError(f"PartialEmbedding(ids=...): {shorten(wrong)} outside the vocabulary of {tables.size} ids")
-        needed, reasons = required_ids(None, model)
+        needed, reasons = required_ids(self.tokenizer, model)
         missing = sorted(set(needed) - set(self.ids))
         if missing:
             named = [f"{i} ({reasons[i]})" for i in missing]
             raise ValueError(
-                f"PartialEmbedding(ids=...): ids that the config of {type(model).__name__} uses are missing: "
+                f"PartialEmbedding(ids=...): ids that {type(model).__name__} or its tokenizer use are missing: "
                 f"{shorten(named)}; add them (PartialEmbedding.scan does)"
+            )
+
+    def _check_decay(self, model: nn.Module, tables: Tables, head: str, context: Context) -> None:
+        if not self.decay_dropped or head not in ("split", "pruned") or tables.output is None:
+            return
+        if context.trains(model, tables.output.tensor):  # type: ignore[arg-type]
+            raise ValueError(
+                f"PartialEmbedding(decay_dropped=True, head={head!r}): dropped rows of a trainable head are moved by "
+                f"more than weight decay in the stock run; leave decay_dropped out, or use head='full'"
             )
 
     def _check_saving(self, model: nn.Module, context: Context, reduced: list[VocabularyTensor]) -> None:
@@ -254,9 +286,9 @@ class PartialEmbedding(Transform):
         saved = sum(cost(t.tensor, 1 - len(self.ids) / t.tensor.shape[t.dim]) for t in reduced)
         if saved < MIN_SAVING * total:
             raise ValueError(
-                f"PartialEmbedding: keeping {len(self.ids)} ids saves {100 * saved / total:.2f} % of the bytes of weights, "
-                f"gradients and optimizer state of {type(model).__name__}, less than {100 * MIN_SAVING:.0f} %; leave it "
-                f"out, or set force=True"
+                f"PartialEmbedding: keeping {len(self.ids)} ids saves {100 * saved / total:.2f} % of the bytes of "
+                f"weights, gradients and optimizer state of {type(model).__name__}, less than "
+                f"{100 * MIN_SAVING:.0f} %; leave it out, or set force=True"
             )
 
 
@@ -270,6 +302,7 @@ class RowEdit(ParameterEdit):
         handle = super().run(model)
         alias = self.aliases[0]
         self.part.tables.append((self.part.codecs[-1], model.get_submodule(alias.module_name), alias.attribute))
+        self.part.watch()
         return handle
 
 
@@ -284,7 +317,7 @@ def _as_ids(given: Any) -> tuple[int, ...]:
     ids = sorted(int(v) for v in values)
     if not ids:
         raise ValueError("PartialEmbedding(ids=...): got no ids, accepted is at least one")
-    twice = sorted({a for a, b in zip(ids, ids[1:]) if a == b})
+    twice = sorted({a for a, b in itertools.pairwise(ids) if a == b})
     if twice:
         raise ValueError(f"PartialEmbedding(ids=...): given more than once: {shorten(twice)}")
     return tuple(ids)

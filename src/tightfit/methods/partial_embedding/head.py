@@ -12,6 +12,7 @@ from torch import nn
 from tightfit.core import hfmodel
 from tightfit.core.deferred import DeferredHead, HeadRows, HeadSource, Scaling
 from tightfit.core.edits import Edit, Handle
+from tightfit.core.errors import UnsupportedModelError
 from tightfit.core.tight import loosen, tighten
 from tightfit.core.transform import Slot
 from tightfit.methods.partial_embedding.vocabulary import POSITION, Vocabulary
@@ -24,8 +25,9 @@ _SAMPLE_TOKENS = 256
 class ReducedHead(HeadSource):
     """A head whose parameters hold the kept rows; the dropped ones are frozen (split) or absent (pruned)."""
 
-    def __init__(self, vocabulary: Vocabulary):
+    def __init__(self, vocabulary: Vocabulary, capped: bool):
         self.vocabulary = vocabulary
+        self.capped = capped
         self.losses = 0
 
     def width(self, head: nn.Module) -> int:
@@ -60,6 +62,14 @@ class ReducedHead(HeadSource):
         assert position is not None
         return logits.masked_fill(position < 0, float("-inf"))
 
+    def compiled(self, head: nn.Module, hidden: torch.Tensor, stock) -> torch.Tensor:
+        if self.capped and self.vocabulary.head == "pruned":
+            raise UnsupportedModelError(
+                "PartialEmbedding(head='pruned'): this model caps its logits behind the head, which inside a compiled "
+                "graph would give dropped tokens a finite logit; use head='split', or do not compile the model"
+            )
+        return super().compiled(head, hidden, stock)
+
     def targets(self, head: nn.Module, target: torch.Tensor, ignore_index: int) -> torch.Tensor:
         vocabulary = self.vocabulary
         position = head._buffers[POSITION]
@@ -67,9 +77,12 @@ class ReducedHead(HeadSource):
         ignored = target == ignore_index
         inside = target.masked_fill(ignored, 0)
         out_of_range = (inside < 0) | (inside >= vocabulary.size)
-        if hfmodel.has_values(target) and target.device.type == "cpu" and bool(out_of_range.any()):
-            bad = int(target[out_of_range][0])
-            raise IndexError(f"label {bad} is out of range: the vocabulary has {vocabulary.size} ids")
+        if hfmodel.has_values(target):
+            if target.device.type != "cpu":
+                torch._assert_async((~out_of_range).all(), f"labels must lie in [0, {vocabulary.size})")
+            elif bool(out_of_range.any()):
+                bad = int(target[out_of_range][0])
+                raise IndexError(f"label {bad} is out of range: the vocabulary has {vocabulary.size} ids")
         mapped = position[inside]
         outside = (mapped < 0) if vocabulary.head == "pruned" else (mapped >= len(vocabulary.ids))
         outside = outside & ~ignored
@@ -131,6 +144,12 @@ class ReducedHead(HeadSource):
             self.vocabulary.note_mass(float(result.frozen_mass.mean()))
 
 
+def _caps_logits(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "final_logit_softcapping", None) is not None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class HeadEdit(Edit):
     """Compute the loss of a language-model head in chunks, over all rows or over a reduced vocabulary."""
@@ -153,7 +172,7 @@ class _HeadHandle(Handle):
     def __init__(self, model: nn.Module, edit: HeadEdit):
         self.head = model.get_submodule(edit.module)
         self.reduced = edit.reduced
-        source = ReducedHead(edit.part) if edit.reduced else HeadSource()
+        source = ReducedHead(edit.part, _caps_logits(model)) if edit.reduced else HeadSource()
         tighten(self.head, DeferredHead, {"source": source})
         if edit.reduced:
             positions = edit.part.positions().to(self.head.weight.device)  # type: ignore[union-attr, arg-type]

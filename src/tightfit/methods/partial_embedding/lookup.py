@@ -24,20 +24,20 @@ class LookupMixin:
         vocabulary: Vocabulary = own["vocabulary"]
         if own["parent"]._modules.get(own["attribute"]) is not self:
             raise UnsupportedModelError(
-                f"PartialEmbedding: the token embedding {own['attribute']!r} was wrapped (adapters or trainable copies on "
-                f"the embedding itself); they would be given rows of the reduced table. Leave the embedding out of "
+                f"PartialEmbedding: the token embedding {own['attribute']!r} was wrapped (adapters or trainable copies "
+                f"on the embedding itself); they would be given rows of the reduced table. Leave the embedding out of "
                 f"the adapter's target modules, or leave PartialEmbedding out of the recipe"
             )
         slots = self._buffers[SLOT]  # type: ignore[attr-defined]
         _check_range(input, vocabulary.size)
         rows = slots[input].to(input.dtype)
-        if not hfmodel.has_values(rows):
+        if rows.is_meta or type(rows).__name__ == "FakeTensor":
             return super().forward(rows)  # type: ignore[misc]
-        if rows.device.type == "cpu" or vocabulary.unknown == "fetch":
+        if hfmodel.has_values(rows) and (rows.device.type == "cpu" or vocabulary.unknown == "fetch"):
             unknown = rows < 0
             if bool(unknown.any()):
                 return self._fetch(vocabulary, input, rows, unknown)
-        else:  # no host sync in the hot path
+        else:  # on an accelerator, or compiled: no sync with the host
             torch._assert_async(
                 (rows >= 0).all(), "PartialEmbedding: a token id outside the kept vocabulary reached the embedding"
             )
@@ -45,7 +45,7 @@ class LookupMixin:
 
     def _fetch(self, vocabulary: Vocabulary, input, rows, unknown):
         missing = torch.unique(input[unknown])
-        trains = self.training and self.weight.requires_grad  # type: ignore[attr-defined]
+        trains = self.training and torch.is_grad_enabled() and self.weight.requires_grad  # type: ignore[attr-defined]
         if vocabulary.unknown != "fetch" or trains:
             why = " (unknown='fetch' only reads; it cannot train rows)" if vocabulary.unknown == "fetch" else ""
             raise vocabulary.unknown_error(missing, f"the batch{why}")
@@ -53,20 +53,22 @@ class LookupMixin:
         at = torch.searchsorted(vocabulary.dropped, missing.cpu())
         fetched = codec.home[at].to(self.weight)  # type: ignore[attr-defined]
         extended = rows.clone()
-        extended[unknown] = len(vocabulary.ids) + torch.searchsorted(missing, input[unknown])
+        extended[unknown] = len(vocabulary.ids) + torch.searchsorted(missing, input[unknown]).to(rows.dtype)
         kept = self._parameters["weight"]  # type: ignore[attr-defined]
         try:
-            self._parameters["weight"] = torch.cat([kept.detach(), fetched])  # type: ignore[attr-defined]
+            self._parameters["weight"] = torch.cat([kept, fetched])  # type: ignore[attr-defined]
             return super().forward(extended)  # type: ignore[misc]
         finally:
             self._parameters["weight"] = kept  # type: ignore[attr-defined]
 
 
 def _check_range(ids: torch.Tensor, size: int) -> None:
-    if not hfmodel.has_values(ids) or ids.numel() == 0:
+    if ids.is_meta or type(ids).__name__ == "FakeTensor":
         return
-    if ids.device.type != "cpu":
+    if not hfmodel.has_values(ids) or ids.device.type != "cpu":
         torch._assert_async(((ids >= 0) & (ids < size)).all(), f"token ids must lie in [0, {size})")
+        return
+    if ids.numel() == 0:
         return
     low, high = (int(v) for v in ids.aminmax())
     if low < 0 or high >= size:
@@ -94,6 +96,7 @@ class LookupEdit(Edit):
 class _LookupHandle(Handle):
     def __init__(self, model: nn.Module, edit: LookupEdit):
         self.module: Any = model.get_submodule(edit.module)
+        self.vocabulary = edit.part
         parent, _, attribute = edit.module.rpartition(".")
         self.facts = (self.module.num_embeddings, self.module.padding_idx)
         slots = edit.part.slots().to(self.module.weight.device)
@@ -113,6 +116,7 @@ class _LookupHandle(Handle):
         del self.module.__dict__["_tight_padding_idx"]
         self.module.num_embeddings, self.module.padding_idx = self.facts
         loosen(self.module, LookupMixin)
+        self.vocabulary.unwatch()
 
 
 class GuardMixin:
@@ -139,11 +143,13 @@ class GuardMixin:
 
 
 class GrowMixin:
-    """On the backbone: takes unknown ids into the table before the first lookup of a forward."""
+    """On the backbone, and on a model that makes ids from labels: takes unknown ids in before the first lookup."""
 
     def __call__(self, *args, **kwargs):
         vocabulary: Vocabulary = state_of(self, GrowMixin)["vocabulary"]  # type: ignore[arg-type]
         given = [*args[:1], *(v for k, v in kwargs.items() if k.endswith("input_ids"))]
+        if state_of(self, GrowMixin)["labels"] and torch.is_tensor(kwargs.get("labels")):  # type: ignore[arg-type]
+            given.append(kwargs["labels"][kwargs["labels"] != -100])
         ids = [t for t in given if torch.is_tensor(t) and not t.is_floating_point() and hfmodel.has_values(t)]
         if ids:
             flat = torch.cat([t.reshape(-1) for t in ids]).cpu()

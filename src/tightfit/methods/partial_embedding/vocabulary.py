@@ -146,8 +146,8 @@ class Vocabulary(Part):
             and torch.distributed.get_world_size() > 1
         ):
             raise StateError(
-                "PartialEmbedding: the vocabulary cannot grow in a run of several processes, their tables would differ; "
-                "scan all data first"
+                "PartialEmbedding: the vocabulary cannot grow in a run of several processes, their tables would "
+                "differ; scan all data first"
             )
         self._refuse_strange_states()
         old_ids, full = self.ids, [codec.decode(_held(module, attribute)) for codec, module, attribute in self.tables]
@@ -185,8 +185,8 @@ class Vocabulary(Part):
                         continue
                     if value.shape not in (tensor.shape, tensor.shape[:1]) or not value.is_floating_point():
                         raise StateError(
-                            f"PartialEmbedding: the vocabulary cannot grow: {type(optimizer).__name__} keeps {key!r} of "
-                            f"shape {tuple(value.shape)} and dtype {value.dtype} for a table of shape "
+                            f"PartialEmbedding: the vocabulary cannot grow: {type(optimizer).__name__} keeps {key!r} "
+                            f"of shape {tuple(value.shape)} and dtype {value.dtype} for a table of shape "
                             f"{tuple(tensor.shape)}, which has no rows to add; scan all data first, or use AdamW"
                         )
 
@@ -272,8 +272,8 @@ class Vocabulary(Part):
         self.mass.append(mass)
         if mass > 1e-2 and sum(m > 1e-2 for m in self.mass) == 1:
             warnings.warn(
-                f"PartialEmbedding(head='pruned'): the full model puts {mass:.1%} of its probability on dropped tokens; "
-                f"the loss is biased low by about that much. Use head='split' for the exact loss.",
+                f"PartialEmbedding(head='pruned'): the full model puts {mass:.1%} of its probability on dropped "
+                f"tokens; the loss is biased low by about that much. Use head='split' for the exact loss.",
                 stacklevel=2,
             )
 
