@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from tightfit.core import hfmodel
 from tightfit.core.conflicts import Conflict, find_conflicts, repeated
 from tightfit.core.edits import Edit, Handle, ParameterHandle, Part
 from tightfit.core.errors import ConflictError, StateError, shorten
+from tightfit.core.parameter import is_sharded
 from tightfit.core.recipe import Recipe, as_recipe
 from tightfit.core.tight import is_tight
 from tightfit.core.transform import Context, Transform
@@ -40,8 +41,7 @@ def resolve(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[Transform, Edi
     planned = [] if conflicts else [(t, edit) for t in recipe for edit in t.edits(model, context)]
     for transform, edit in planned:
         assert edit.slot in transform.touches, f"{type(transform).__name__} does not declare slot {edit.slot.label}"
-    order = {name: i for i, name in enumerate(sorted({t.name for t, _ in planned}))}
-    planned.sort(key=lambda pair: (pair[1].slot, order[pair[0].name]))
+    planned.sort(key=lambda pair: (pair[1].slot, pair[0].name))
     return planned, conflicts + find_conflicts(planned)
 
 
@@ -81,6 +81,8 @@ def apply(model: nn.Module, recipe: Recipe | Transform | list | tuple | None) ->
             handle.undo(model)
         _restore_flags(model, before)
         raise
+    for handle in handles:
+        handle.commit(model)
     applied = Applied(model, recipe, planned, handles, before)
     _active[model] = weakref.ref(applied)
     return applied
@@ -106,14 +108,18 @@ def _refuse_unready(model: nn.Module) -> None:
         raise StateError(f"apply(): {reason}; apply the recipe before wrapping or sharding the model")
 
 
-def _flags(model: nn.Module) -> dict[str, bool]:
-    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+Flags = dict[str, tuple[nn.Parameter, bool]]
 
 
-def _restore_flags(model: nn.Module, flags: dict[str, bool]) -> None:
-    for name, parameter in model.named_parameters():
-        if name in flags:
-            parameter.requires_grad_(flags[name])
+def _flags(model: nn.Module) -> Flags:
+    return {name: (parameter, parameter.requires_grad) for name, parameter in model.named_parameters()}
+
+
+def _restore_flags(model: nn.Module, flags: Flags) -> None:
+    now = dict(model.named_parameters())
+    for name, (parameter, flag) in flags.items():
+        # by name where sharding has replaced the object, by object where an adapter has changed the name
+        now.get(name, parameter).requires_grad_(flag)
 
 
 class Applied:
@@ -130,7 +136,7 @@ class Applied:
         recipe: Recipe,
         planned: list[tuple[Transform, Edit]],
         handles: list[Handle],
-        flags: dict[str, bool],
+        flags: Flags,
     ):
         self.model = model
         self._recipe = recipe
@@ -140,7 +146,8 @@ class Applied:
         self._gone: str | None = None
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._replaced = frozenset(id(h.original) for h in handles if isinstance(h, ParameterHandle))
-        self._hook = register_optimizer_step_pre_hook(_StaleCheck(weakref.ref(self)))
+        hook = register_optimizer_step_pre_hook(_StaleCheck(weakref.ref(self)))
+        self._unhook = weakref.finalize(self, hook.remove)
 
     # -- looking -----------------------------------------------------------------------------------------------
 
@@ -150,8 +157,10 @@ class Applied:
         changed: dict[int, dict[str, Any]] = {}
         for transform, edit in self._planned:
             if edit.part is not None:
-                changed.setdefault(id(transform), {}).update(edit.part.recipe_fields())
-        return Recipe(tuple(dataclasses.replace(t, **changed.get(id(t), {})) for t in self._recipe))
+                fields = edit.part.recipe_fields()
+                if fields:
+                    changed.setdefault(id(transform), {}).update(fields)
+        return Recipe(tuple(dataclasses.replace(t, **changed[id(t)]) if id(t) in changed else t for t in self._recipe))
 
     @property
     def parts(self) -> list[Part]:
@@ -201,7 +210,7 @@ class Applied:
         self._require_live("adopt")
         for handle in self._handles:
             if isinstance(handle, ParameterHandle):
-                handle.adopt(self.model, optimizer)
+                handle.adopt(optimizer)
         self._optimizers.add(optimizer)
         for part in self.parts:
             part.optimizer_made(optimizer)
@@ -228,14 +237,23 @@ class Applied:
         """Take the recipe off and leave its result in the stock parameters; returns the stock model."""
         return self._leave("merge", lambda handle: handle.merge(self.model))
 
-    def _leave(self, verb: str, act) -> nn.Module:
+    def _leave(self, verb: str, act: Callable[[Handle], None]) -> nn.Module:
         self._require_live(verb)
-        for handle in reversed(self._handles):
-            act(handle)
+        for handle in self._handles:
+            if isinstance(handle, ParameterHandle) and is_sharded(handle.current()):
+                raise StateError(
+                    f"{verb}(): {handle.name} has been sharded since (DTensor) and a stand-in cannot be replaced under "
+                    f"FSDP; use export() or save() instead"
+                )
+        while self._handles:
+            act(self._handles[-1])
+            self._handles.pop()  # what is undone stays undone, so a failed call can be repeated
         _restore_flags(self.model, self._flags)
-        self._hook.remove()
+        self._unhook()
         self._gone = verb
         _active.pop(self.model, None)
+        for optimizer in self._optimizers:
+            optimizer.register_step_pre_hook(_LeftBehind(self.model, f"{self._recipe}", verb))
         return self.model
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -282,6 +300,25 @@ class Applied:
         return f"<Applied {self.recipe} on {type(self.model).__name__}{state}>"
 
 
+class _LeftBehind:
+    """Stops an optimizer of a recipe that was taken off, where its parameters went with it."""
+
+    def __init__(self, model: nn.Module, recipe: str, verb: str):
+        self.model, self.recipe, self.verb = weakref.ref(model), recipe, verb
+
+    def __call__(self, optimizer, args, kwargs):
+        model = self.model()
+        if model is None:
+            return
+        own = {id(parameter) for parameter in model.parameters()}
+        for i, group in enumerate(optimizer.param_groups):
+            if any(id(parameter) not in own for parameter in group["params"]):
+                raise StateError(
+                    f"{type(optimizer).__name__}: param group {i} holds parameters of the recipe {self.recipe}, which "
+                    f"{self.verb}() took off, so they would train nothing; build a new optimizer over the model"
+                )
+
+
 class _StaleCheck:
     """Stops an optimizer that still holds a replaced stock parameter: it would train nothing, silently."""
 
@@ -290,7 +327,7 @@ class _StaleCheck:
 
     def __call__(self, optimizer, args, kwargs):
         applied = self.applied()
-        if applied is None or applied._gone is not None or not applied._replaced:
+        if applied is None or not applied._replaced:
             return
         for i, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from tightfit._version import __version__
-from tightfit.core.errors import ArtifactError, shorten
+from tightfit.core import hfmodel
+from tightfit.core.errors import ArtifactError, RecipeError, shorten
 from tightfit.core.recipe import FORMAT, Recipe
 
 if TYPE_CHECKING:
@@ -32,26 +33,29 @@ _SAMPLE = 4096
 
 
 def save(applied: Applied, folder: str | os.PathLike) -> None:
-    """Write the recipe and every tensor that training may have changed."""
-    from safetensors.torch import save_file
+    """Write the recipe and every tensor that training may have changed, both files or none.
 
+    Raises:
+        ArtifactError: the folder cannot be written; what an earlier save left there is as it was.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = _own_tensors(applied)
-    with replacing(folder / TENSOR_FILE) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
     document = {
         "tightfit": FORMAT,
         "version": __version__,
         "methods": applied.recipe.to_list(),
         "base": {
             "class": type(applied.model).__name__,
-            "shapes": _shapes(applied.model),
+            "tensors": _described(applied.model),
             "digests": _digests(applied, set(tensors)),
         },
-        "tensors_sha256": _file_digest(folder / TENSOR_FILE),
     }
-    write_text(folder / RECIPE_FILE, json.dumps(document, indent=1))
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / RECIPE_FILE) as recipe, replacing(folder / TENSOR_FILE) as data:
+            _write_tensors(tensors, data)
+            document["tensors_sha256"] = _file_digest(data)
+            recipe.write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
 def load(model: nn.Module, folder: str | os.PathLike) -> Applied:
@@ -86,27 +90,26 @@ def load(model: nn.Module, folder: str | os.PathLike) -> Applied:
         raise ArtifactError(
             f"{folder}: was saved on a {base['class']}, this model is a {type(model).__name__}; load the same base"
         )
-    applied = apply(model, Recipe.from_list(document["methods"]))
     try:
-        _check_shapes(folder, base["shapes"], _shapes(model))
+        recipe = Recipe.from_list(document["methods"])
+    except RecipeError as error:
+        raise ArtifactError(f"{folder / RECIPE_FILE}: {error}") from error
+    applied = apply(model, recipe)
+    try:
+        _check_base(folder, "is", base["tensors"], _described(model))
         own = _own_tensors(applied)
         if set(own) != set(tensors):
             odd = sorted(set(own) ^ set(tensors))
             raise ArtifactError(f"{folder / TENSOR_FILE}: tensors do not fit the recipe: {shorten(odd, 5)}")
-        _check_digests(folder, base["digests"], _digests(applied, set(tensors)))
-        for name, value in tensors.items():
-            if not name.startswith(_PART) and own[name].shape != value.shape:
-                raise ArtifactError(
-                    f"{folder / TENSOR_FILE}: {name} has shape {tuple(value.shape)}, the model needs "
-                    f"{tuple(own[name].shape)}"
-                )
+        _check_base(folder, "has digest", base["digests"], _digests(applied, set(tensors)))
+        for part in applied.parts:
+            prefix = f"{_PART}{type(part).__name__}/"
+            part.load_tensors({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        # last, because stock parameters are written to and nothing can fail any more
         with torch.no_grad():
             for name, value in tensors.items():
                 if not name.startswith(_PART):
                     own[name].copy_(value)
-        for part in applied.parts:
-            prefix = f"{_PART}{type(part).__name__}/"
-            part.load_tensors({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     except BaseException:
         applied.remove()
         raise
@@ -115,16 +118,30 @@ def load(model: nn.Module, folder: str | os.PathLike) -> Applied:
 
 def export(applied: Applied, folder: str | os.PathLike) -> None:
     """Write a stock checkpoint with everything merged, without touching the live model."""
-    model = applied.model
+    model: Any = applied.model
     if not hasattr(model, "save_pretrained"):
         raise ArtifactError(
             f"export: {type(model).__name__} has no save_pretrained; use merge() and save its state dict"
         )
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     state = applied.stock_state_dict()
-    with replacing_folder(folder) as temporary:
-        model.save_pretrained(temporary, state_dict=state)
+    with _explained(folder), _config_kept(model):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_folder(folder) as temporary:
+            model.save_pretrained(temporary, state_dict=state)
+
+
+@contextlib.contextmanager
+def _config_kept(model: nn.Module) -> Iterator[None]:
+    """`save_pretrained` writes dtype and architectures into the live config."""
+    config = getattr(model, "config", None)
+    before = dict(vars(config)) if config is not None else {}
+    try:
+        yield
+    finally:
+        if config is not None:
+            vars(config).clear()
+            vars(config).update(before)
 
 
 # -- what is stored ---------------------------------------------------------------------------------------------
@@ -132,7 +149,7 @@ def export(applied: Applied, folder: str | os.PathLike) -> None:
 
 def _own_tensors(applied: Applied) -> dict[str, torch.Tensor]:
     """Everything training may change: trainable parameters, persistent buffers, the parts' own tensors."""
-    own = {name: p for name, p in applied.model.named_parameters() if p.requires_grad}
+    own: dict[str, torch.Tensor] = {name: p for name, p in applied.model.named_parameters() if p.requires_grad}
     own.update(_persistent_buffers(applied.model))
     for part in applied.parts:
         own.update({f"{_PART}{type(part).__name__}/{key}": value for key, value in part.tensors().items()})
@@ -148,13 +165,13 @@ def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _shapes(model: nn.Module) -> dict[str, list[int]]:
-    return {name: list(p.shape) for name, p in model.named_parameters()}
+def _described(model: nn.Module) -> dict[str, str]:
+    return {name: f"{str(p.dtype).removeprefix('torch.')} {list(p.shape)}" for name, p in model.named_parameters()}
 
 
 def _digests(applied: Applied, saved: set[str]) -> dict[str, str]:
     """A digest of every base tensor that the saved file does not hold in full."""
-    kept = {name: p for name, p in applied.model.named_parameters() if name not in saved}
+    kept: dict[str, torch.Tensor] = {name: p for name, p in applied.model.named_parameters() if name not in saved}
     kept.update({f"{name} (rest)": rest for name, rest in applied.residue().items()})
     return {name: tensor_digest(tensor) for name, tensor in kept.items()}
 
@@ -168,21 +185,12 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(head + sample.numpy().tobytes()).hexdigest()[:16]
 
 
-def _check_shapes(folder: Path, saved: dict[str, list[int]], here: dict[str, list[int]]) -> None:
+def _check_base(folder: Path, verb: str, saved: dict[str, str], here: dict[str, str]) -> None:
     for name in sorted(set(saved) | set(here)):
         if saved.get(name) != here.get(name):
             raise ArtifactError(
-                f"{folder}: another base model: parameter {name} is {saved.get(name, 'absent')} in the saved base "
-                f"and {here.get(name, 'absent')} in this one"
-            )
-
-
-def _check_digests(folder: Path, saved: dict[str, str], here: dict[str, str]) -> None:
-    for name in sorted(set(saved) | set(here)):
-        if saved.get(name) != here.get(name):
-            raise ArtifactError(
-                f"{folder}: another base model: {name} has digest {saved.get(name, 'none')} in the saved base and "
-                f"{here.get(name, 'none')} in this one; load the checkpoint this result was trained on"
+                f"{folder}: another base model: {name} {verb} {saved.get(name, 'absent')} in the saved base and "
+                f"{here.get(name, 'absent')} in this one; load the checkpoint this result was trained on"
             )
 
 
@@ -197,13 +205,31 @@ def _read_document(folder: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("tightfit") != FORMAT:
         found = document.get("tightfit") if isinstance(document, dict) else type(document).__name__
         raise ArtifactError(f"{path}: format {found!r}, this version reads format {FORMAT}")
+    base = document.get("base")
     missing = [key for key in ("methods", "base", "tensors_sha256") if key not in document]
+    missing += [
+        f"base.{key}" for key in ("class", "tensors", "digests") if not isinstance(base, dict) or key not in base
+    ]
     if missing:
         raise ArtifactError(f"{path}: the key(s) {shorten(missing)} are missing; the file is damaged")
     return document
 
 
+def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    seen: set[int] = set()
+    plain: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        key = hfmodel.storage_key(value)
+        plain[name] = value.clone() if key in seen else value  # the format knows no views of one memory
+        seen.add(key)
+    save_file(plain, path)
+
+
 def _read_tensors(folder: Path, document: dict[str, Any]) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = folder / TENSOR_FILE
@@ -215,7 +241,10 @@ def _read_tensors(folder: Path, document: dict[str, Any]) -> dict[str, torch.Ten
             f"{path}: SHA-256 {found[:16]}... does not match {document['tensors_sha256'][:16]}... in {RECIPE_FILE}; "
             f"the file is damaged or belongs to another save"
         )
-    return load_file(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path}: cannot be read ({error})") from error
 
 
 def _file_digest(path: Path) -> str:
@@ -224,6 +253,17 @@ def _file_digest(path: Path) -> str:
 
 
 # -- atomic writes ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ArtifactError(f"{folder}: could not be written ({reason}); what was there before is as it was") from error
 
 
 @contextlib.contextmanager
@@ -245,8 +285,8 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block succeeds; an existing one is refused."""
-    if path.exists() and any(path.iterdir()):
-        raise ArtifactError(f"{path}: exists and is not empty; give a new folder")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ArtifactError(f"{path}: exists and is not an empty folder; give a new one")
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary

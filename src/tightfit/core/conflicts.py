@@ -36,9 +36,10 @@ def find_conflicts(planned: list[tuple[Transform, Edit]]) -> list[Conflict]:
             claimants[claim].append((type(transform).__name__, edit.exclusive))
     clashes: dict[tuple[str, str, Slot], list[str]] = defaultdict(list)
     for (slot, place), users in claimants.items():
-        owners = sorted({name for name, _ in users})
-        if len(owners) > 1 and any(exclusive for _, exclusive in users):
-            clashes[owners[0], owners[1], slot].append(place)
+        takers = {name for name, exclusive in users if exclusive}
+        pairs = {tuple(sorted((taker, name))) for taker in takers for name, _ in users if name != taker}
+        for first, second in pairs:
+            clashes[first, second, slot].append(place)
     return [Conflict(first, second, slot, tuple(places)) for (first, second, slot), places in sorted(clashes.items())]
 
 

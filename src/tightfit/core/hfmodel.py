@@ -11,10 +11,43 @@ from torch import nn
 
 def backbone(model: nn.Module) -> tuple[str, nn.Module]:
     """The headless model inside `model` with its module name ("" when the model is its own backbone)."""
-    base = getattr(model, "base_model", model)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = getattr(inner, "base_model", inner)
     if base is model or not isinstance(base, nn.Module):
         return "", model
     return next(((name, module) for name, module in model.named_modules() if module is base), ("", model))
+
+
+def stock_module(model: nn.Module, name: str) -> nn.Module:
+    """The module of that stock name, looking through adapter layers that have taken its place since."""
+    module = model
+    for part in filter(None, name.split(".")):
+        module = unwrapped(module).get_submodule(part)
+    return unwrapped(module)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The stock module behind an adapter layer (PEFT's `base_layer`), or the module itself."""
+    return module.get_base_layer() if is_adapter(module) else module  # type: ignore[operator]
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether the module is an adapter layer around a stock one, as PEFT makes them."""
+    return "base_layer" in module._modules and hasattr(module, "get_base_layer")
+
+
+def stock_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules with their names, without what adapter layers have added.
+
+    An adapter layer's stock module comes under its real name, which ends in `base_layer`.
+    """
+    adapters: list[tuple[str, str]] = []
+    for name, module in model.named_modules():
+        inside = next((stock for prefix, stock in adapters if name.startswith(prefix)), None)
+        if inside is None and is_adapter(module):
+            adapters.append((f"{name}.", f"{name}.base_layer"))
+        elif inside is None or name == inside or name.startswith(f"{inside}."):
+            yield name, module
 
 
 def stacks(model: nn.Module) -> list[list[str]]:
@@ -48,7 +81,7 @@ def is_conv1d(module: nn.Module) -> bool:
 def block_linears(model: nn.Module) -> list[str]:
     """Names of all linear layers inside the stacks of blocks, in model order."""
     blocks = tuple(f"{block}." for stack in stacks(model) for block in stack)
-    return [name for name, module in model.named_modules() if name.startswith(blocks) and is_linear(module)]
+    return [name for name, module in stock_modules(model) if name.startswith(blocks) and is_linear(module)]
 
 
 def has_lm_head(model: nn.Module) -> bool:
@@ -120,7 +153,9 @@ def has_values(tensor: torch.Tensor) -> bool:
 
 
 def refuse_wrapped(model: nn.Module) -> str | None:
-    """Why a recipe cannot be applied to this model now (sharded or wrapped for data parallelism), or None."""
+    """Why a recipe cannot be applied to this model now (wrapped, compiled or sharded), or None."""
+    if hasattr(model, "_orig_mod"):
+        return "the model is compiled (torch.compile returned a wrapper around it)"
     if type(model).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
         return f"the model is wrapped in {type(model).__name__}"
     for name, parameter in model.named_parameters():

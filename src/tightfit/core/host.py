@@ -14,7 +14,7 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
     """A read-mostly copy of `tensor` on the host, in a mapped temporary file that vanishes with it.
 
     Its pages are the page cache's, so the system can drop them under pressure; the allocator does not count them.
-    Where no file can be written the copy is an ordinary CPU tensor. Meta and fake tensors stay as they are.
+    Where no file can be mapped the copy is an ordinary CPU tensor. Meta and fake tensors stay as they are.
     """
     source = tensor.detach()
     if source.is_meta or type(source).__name__ == "FakeTensor":
@@ -23,7 +23,7 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
         return source.cpu().clone()
     try:
         home = _map_file(source)
-    except OSError:
+    except (OSError, RuntimeError, AttributeError):  # no space, no mapping, no posix_fallocate
         return source.cpu().clone()
     home.copy_(source)
     return home

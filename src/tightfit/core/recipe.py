@@ -20,6 +20,9 @@ class Recipe:
 
     transforms: tuple[Transform, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "transforms", tuple(self.transforms))
+
     def __iter__(self) -> Iterator[Transform]:
         return iter(self.transforms)
 
@@ -53,10 +56,16 @@ class Recipe:
         return cls(tuple(_read_entry(i, entry) for i, entry in enumerate(methods)))
 
     def to_json(self) -> str:
+        """The recipe as a JSON document; `Recipe.from_json` reads it back."""
         return json.dumps({"tightfit": FORMAT, "methods": self.to_list()}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
+        """Read what `to_json` wrote.
+
+        Raises:
+            RecipeError: not JSON, no list of methods, or an entry that `from_list` refuses.
+        """
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
@@ -64,12 +73,18 @@ class Recipe:
         return cls._from_document(data, "recipe JSON")
 
     def to_yaml(self) -> str:
+        """The recipe as a YAML document, as in a recipe file; `Recipe.from_yaml` reads it back."""
         import yaml
 
         return yaml.safe_dump({"tightfit": FORMAT, "methods": self.to_list()}, sort_keys=False)
 
     @classmethod
     def from_yaml(cls, text: str) -> Recipe:
+        """Read what `to_yaml` wrote, or the `methods:` of a recipe file.
+
+        Raises:
+            RecipeError: not YAML, no list of methods, or an entry that `from_list` refuses.
+        """
         import yaml
 
         try:

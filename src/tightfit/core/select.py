@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from tightfit.core import hfmodel
 from tightfit.core.errors import SelectorError
 from tightfit.core.fields import near
 
@@ -26,13 +27,21 @@ def select(
 
     Raises:
         SelectorError: a pattern matches nothing; names it and the nearest module endings.
+
+    Example:
+        >>> from tightfit import skeleton
+        >>> from transformers import BertConfig
+        >>> select(skeleton(BertConfig(num_hidden_layers=2)), "query|layer.1.*.dense")[:2]
+        ['encoder.layer.0.attention.self.query', 'encoder.layer.1.attention.self.query']
     """
-    names = [name for name, module in model.named_modules() if name and (kind is None or kind(module))]
+    found = [(name, m) for name, m in hfmodel.stock_modules(model) if name and (kind is None or kind(m))]
+    # patterns are written for the stock model: an adapter layer's stock module is called as before
+    names = {name: name.removesuffix(".base_layer") for name, _ in found}
     chosen: set[str] = set()
     for pattern in (part.strip() for part in where.split("|")):
-        hits = [name for name in names if _matches(name, pattern)]
+        hits = [name for name, stock_name in names.items() if _matches(stock_name, pattern)]
         if not hits:
-            endings = sorted({name.rsplit(".", 1)[-1] for name in names})
+            endings = sorted({name.rsplit(".", 1)[-1] for name in names.values()})
             shown = ", ".join(endings[:12]) or "(none)"
             raise SelectorError(
                 f"{method}: where={where!r}: pattern {pattern!r} matches no suitable module of "

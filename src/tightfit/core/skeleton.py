@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tightfit.core.errors import UnsupportedModelError
+from tightfit.core.fields import near
 
 TASKS = {
     "sequence-classification": "AutoModelForSequenceClassification",
@@ -35,8 +36,8 @@ def skeleton(
         **overrides: config fields to change, such as `num_labels=3`.
 
     Raises:
-        ValueError: unknown task; lists the known ones.
-        UnsupportedModelError: no config can be read from what was given.
+        ValueError: an unknown task or config field.
+        UnsupportedModelError: no config can be read from what was given, or its family has no model for the task.
 
     Example:
         >>> import tightfit
@@ -48,9 +49,15 @@ def skeleton(
     import transformers
 
     if task is not None and task not in TASKS:
-        raise ValueError(f"skeleton(task=...): got {task!r}, accepted is one of {', '.join(TASKS)}")
+        raise ValueError(
+            f"skeleton(task=...): got {task!r}, accepted is one of {', '.join(TASKS)}{near(task, list(TASKS))}"
+        )
     config = _config(config_or_name)
     for key, value in overrides.items():
+        if not hasattr(config, key):
+            raise ValueError(
+                f"skeleton({key}=...): {type(config).__name__} has no such field{near(key, sorted(config.to_dict()))}"
+            )
         setattr(config, key, value)
     architectures = getattr(config, "architectures", None) or []
     if task is not None:
@@ -60,8 +67,15 @@ def skeleton(
     else:
         factory = transformers.AutoModel.from_config
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    with torch.device("meta"):
-        model = factory(config, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            model = factory(config, dtype=dtype)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            f"skeleton(task={task!r}): transformers has no such model for a {type(config).__name__}"
+        ) from error
     return model.train()
 
 

@@ -7,8 +7,13 @@ faking the list is silently wrong on models whose loop gives each block its own 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
+from torch import nn
+
+from tightfit.core.errors import StateError, UnsupportedModelError
 from tightfit.core.tight import state_of
 
 
@@ -16,7 +21,7 @@ class StackRunner:
     """What a method does with the blocks of one forward; subclass and override.
 
     A tape is made per forward, so two forwards before one backward, an exception half-way, or a no-grad forward
-    in between cannot mix.
+    in between cannot mix. A runner that runs a block again must restore random and autocast state itself.
     """
 
     def open(self, hidden: Any) -> Any:
@@ -37,10 +42,7 @@ class StackState:
         self.tape: Any = None
 
     def __deepcopy__(self, memo):
-        import copy
-
-        twin = StackState(copy.deepcopy(self.runner, memo), self.length)
-        memo[id(self)] = twin
+        twin = memo[id(self)] = StackState(copy.deepcopy(self.runner, memo), self.length)
         return twin
 
 
@@ -49,22 +51,73 @@ class StackMixin:
 
     gradient_checkpointing = property(lambda self: False, lambda self, value: None)
 
-    def forward(self, hidden, *args, **kwargs):
+    def forward(self, *args, **kwargs):
         own = state_of(self, StackMixin)  # type: ignore[arg-type]
         stack, index = own["stack"], own["index"]
+        stock = super().forward  # type: ignore[misc]
+        if torch.is_grad_enabled() and _holds_cache(args, kwargs):
+            if self.training:  # type: ignore[attr-defined]
+                args, kwargs = _without_cache(args, kwargs, own["number"])
+            else:
+                stock = _once(stock)
+        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         if index == 0:
             stack.tape = stack.runner.open(hidden)
         last = index == stack.length - 1
         try:
-            return stack.runner.block(
-                stack.tape,
-                index,
-                last,
-                super().forward,
-                hidden,
-                args,
-                kwargs,  # type: ignore[misc]
+            out = stack.runner.block(stack.tape, index, last, stock, hidden, args, kwargs)
+        except BaseException:
+            stack.tape = None
+            raise
+        if last:
+            stack.tape = None
+        return out
+
+
+def _is_cache(value: Any) -> bool:
+    return any(cls.__name__ == "Cache" for cls in type(value).__mro__)
+
+
+def _holds_cache(args: tuple, kwargs: dict) -> bool:
+    return any(_is_cache(value) for value in (*args, *kwargs.values()))
+
+
+def _without_cache(args: tuple, kwargs: dict, number: int) -> tuple[tuple, dict]:
+    """The call without its KV cache: a block that runs twice would append to it twice, silently."""
+    for cache in filter(_is_cache, (*args, *kwargs.values())):
+        if cache.get_seq_length(number):
+            raise StateError(
+                f"a block was called in training with a filled {type(cache).__name__} (prefix tuning fills it); the "
+                f"recipe runs the blocks itself and cannot keep a cache. Leave out what fills it"
             )
-        finally:
-            if last:
-                stack.tape = None
+    plain = {key: None if _is_cache(value) else value for key, value in kwargs.items()}
+    if plain.get("use_cache"):
+        plain["use_cache"] = False
+    return tuple(None if _is_cache(value) else value for value in args), plain
+
+
+def _once(forward):
+    """In evaluation the cache is wanted; it is a second run, in a backward pass, that must not touch it."""
+    runs: list[bool] = []
+
+    def run(*args, **kwargs):
+        if runs:
+            raise StateError(
+                "a block would run again in the backward pass with a KV cache, and append to it twice; call the model "
+                "with use_cache=False, or model.train()"
+            )
+        runs.append(True)
+        return forward(*args, **kwargs)
+
+    return run
+
+
+def refuse_skipped_blocks(model: nn.Module, blocks: str) -> None:
+    """Raise where the model's loop skips blocks at random (LayerDrop): the runner must see every block."""
+    for name, module in model.named_modules():
+        rate = getattr(module, "layerdrop", 0.0)
+        if isinstance(rate, float) and rate > 0 and blocks.startswith(f"{name}." if name else ""):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: {name or 'the model'} skips blocks at random (layerdrop={rate}), and a "
+                f"stack edit must see every block; set {name or 'model'}.layerdrop = 0.0 before apply()"
+            )

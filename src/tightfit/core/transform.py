@@ -95,8 +95,8 @@ class Transform:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Transform:
-        """Build the value from JSON values; the inverse of `to_dict`."""
-        return cls(**fields)
+        """Build the value from JSON values; the inverse of `to_dict`, so lists become tuples."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
 
     def __repr__(self) -> str:
         shown = ", ".join(

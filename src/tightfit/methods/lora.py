@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import enum
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -10,9 +12,9 @@ import torch
 from torch import nn
 
 from tightfit.core import hfmodel
-from tightfit.core.edits import Edit, Handle
-from tightfit.core.errors import StateError, UnsupportedModelError
-from tightfit.core.fields import check_bool, check_float, check_int, check_selector
+from tightfit.core.edits import Claim, Edit, Handle, is_planning
+from tightfit.core.errors import StateError, UnsupportedModelError, shorten
+from tightfit.core.fields import check_bool, check_float, check_int, check_selector, near
 from tightfit.core.select import select
 from tightfit.core.transform import Context, Slot, Transform
 
@@ -53,7 +55,7 @@ class Lora(Transform):
     dropout: float = 0.0
     where: str | None = None
     train_head: bool = True
-    config: Any = None
+    config: Any = dataclasses.field(default=None, hash=False)
 
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "2106.09685"
@@ -70,12 +72,7 @@ class Lora(Transform):
         check_bool(self, "train_head")
         if self.config is None:
             return
-        if not isinstance(self.config, dict):
-            if not hasattr(self.config, "to_dict") or not hasattr(self.config, "peft_type"):
-                raise TypeError(f"Lora(config=...): got {self.config!r}, accepted is a peft config or its dict")
-            object.__setattr__(self, "config", _config_fields(self.config))
-        if "peft_type" not in self.config:
-            raise ValueError("Lora(config=...): the dict has no 'peft_type', accepted is PeftConfig.to_dict()")
+        object.__setattr__(self, "config", _checked_config(self.config))
         mixed = [
             f
             for f, default in (("rank", 8), ("alpha", 16.0), ("dropout", 0.0), ("where", None))
@@ -89,12 +86,12 @@ class Lora(Transform):
         return (name for name, _ in model.named_parameters() if name not in head)
 
     def edits(self, model: nn.Module, context: Context) -> Iterator[Edit]:
-        for name, module in model.named_modules():
-            if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
-                raise StateError(
-                    f"Lora: {type(model).__name__} already carries PEFT adapters (at {name}); merge them first, or "
-                    f"leave Lora out of the recipe"
-                )
+        held = [name for name, module in model.named_modules() if hfmodel.is_adapter(module)]
+        if held or "peft_config" in vars(model):
+            raise StateError(
+                f"Lora: {type(model).__name__} already carries PEFT adapters (at {shorten(held, 3) or 'the model'}); "
+                f"merge them first, or leave Lora out of the recipe"
+            )
         targets = self._targets(model)
         head = tuple(hfmodel.head_parameters(model)) if self.train_head else ()
         note = (
@@ -120,31 +117,60 @@ class Lora(Transform):
         import peft
 
         if self.config is not None:
-            kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(self.config["peft_type"])]
-            return kind(**{k: v for k, v in self.config.items() if k not in ("peft_type", "peft_version")})
-        transposed = all(hfmodel.is_conv1d(model.get_submodule(t)) for t in targets)
+            fields = {k: v for k, v in self.config.items() if k not in ("peft_type", "peft_version")}
+            return peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(self.config["peft_type"])](**fields)
         return peft.LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
             target_modules=targets,
-            fan_in_fan_out=transposed,
+            fan_in_fan_out=all(hfmodel.is_conv1d(hfmodel.stock_module(model, t)) for t in targets),
         )
 
 
-def _config_fields(config: Any) -> dict[str, Any]:
-    """A peft config as JSON values."""
-    import enum
+def _checked_config(config: Any) -> dict[str, Any]:
+    """A peft config as JSON values, refused where PEFT cannot inject it into a model in place."""
+    import peft
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, enum.Enum):
-            return value.value
-        if isinstance(value, set | frozenset):
-            return sorted(value)
-        return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+    if not isinstance(config, dict):
+        if not hasattr(config, "to_dict") or not hasattr(config, "peft_type"):
+            raise TypeError(f"Lora(config=...): got {config!r}, accepted is a peft config or its dict")
+        default = type(config)().to_dict()
+        config = {k: v for k, v in config.to_dict().items() if k == "peft_type" or v != default.get(k)}
+    if "peft_type" not in config:
+        raise ValueError("Lora(config=...): the dict has no 'peft_type', accepted is PeftConfig.to_dict()")
+    config = {key: _plain(value) for key, value in config.items()}
+    known = [str(kind.value) for kind in peft.PeftType]
+    kind = config["peft_type"]
+    if kind not in known:
+        raise ValueError(f"Lora(config=...): unknown peft_type {kind!r}{near(kind, known)}")
+    tuner = peft.PEFT_TYPE_TO_TUNER_MAPPING.get(peft.PeftType(kind))  # type: ignore[attr-defined]
+    if tuner is None or not issubclass(tuner, peft.tuners.tuners_utils.BaseTuner):
+        raise ValueError(
+            f"Lora(config=...): {kind} does not put adapters into layers, accepted are the kinds that do (LORA, IA3, "
+            f"OFT, ...); use peft.get_peft_model for {kind}"
+        )
+    fields = {f.name for f in dataclasses.fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)])}
+    unknown = sorted(set(config) - fields - {"peft_version"})
+    if unknown:
+        raise ValueError(f"Lora(config=...): {kind} has no field {unknown[0]!r}{near(unknown[0], sorted(fields))}")
+    for field in ("trainable_token_indices", "target_parameters"):
+        if config.get(field):
+            raise ValueError(
+                f"Lora(config=...): {field} changes parameters that are no linear layer's, which this transform cannot "
+                f"undo or merge; use peft.get_peft_model for it"
+            )
+    return config
 
-    default = type(config)().to_dict()
-    return {k: plain(v) for k, v in config.to_dict().items() if k == "peft_type" or v != default.get(k)}
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -160,7 +186,7 @@ class AdapterEdit(Edit):
     def target(self) -> str:
         return f"{len(self.targets)} linear layers" if self.targets else "as its config says"
 
-    def claims(self):
+    def claims(self) -> frozenset[Claim]:
         return frozenset((self.slot, name) for name in self.targets) or super().claims()
 
     def run(self, model: nn.Module) -> Handle:
@@ -170,49 +196,103 @@ class AdapterEdit(Edit):
 class _AdapterHandle(Handle):
     def __init__(self, model: nn.Module, edit: AdapterEdit):
         import peft
+        from peft.functional import cast_adapter_dtype
 
-        flags = {id(p): p.requires_grad for p in model.parameters()}
-        had_config = "peft_config" in vars(model)
-        assert not had_config, "refused when the edits were made"
-        self.flags = [(p, flags[id(p)]) for p in model.parameters()]
-        peft.inject_adapter_in_model(edit.config, model, adapter_name=ADAPTER)
-        for name in edit.head:
-            model.get_parameter(name).requires_grad_(True)
+        self.children = [(module, dict(module._modules)) for module in model.modules()]
+        self.flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        head = {name: model.get_parameter(name).requires_grad for name in edit.head}
+        try:
+            # adapters on meta take nothing from the random state, so that planning leaves it alone
+            peft.inject_adapter_in_model(edit.config, model, adapter_name=ADAPTER, low_cpu_mem_usage=is_planning())
+            cast_adapter_dtype(model, ADAPTER)
+        except BaseException:
+            self.undo(model)
+            raise
+        for name, parameter in model.named_parameters():
+            if name in head:  # it has another name now where it got an adapter itself
+                parameter.requires_grad_(head[name])
 
     def undo(self, model: nn.Module) -> None:
-        self._leave(model, merge=False)
-
-    def merge(self, model: nn.Module) -> None:
-        self._leave(model, merge=True)
-
-    def _leave(self, model: nn.Module, merge: bool) -> None:
-        for name, layer in _adapter_layers(model):
-            if merge:
-                layer.merge(safe_merge=True)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+        for module, children in self.children:
+            if module._modules != children:
+                module._modules.clear()
+                module._modules.update(children)
         for parameter, flag in self.flags:
             parameter.requires_grad_(flag)
         vars(model).pop("peft_config", None)
 
+    def merge(self, model: nn.Module) -> None:
+        layers = list(_adapters(model))
+        for name, layer in layers:
+            _refuse_packed("merge", name, layer)
+        with torch.no_grad():
+            for _, layer in layers:
+                merged = _merged(layer)
+                for key, parameter in _stock_part(layer).named_parameters():
+                    parameter.copy_(merged.get_parameter(key))
+        self.undo(model)
+
     def stock_state(self, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-        for name, layer in _adapter_layers(model):
-            delta = layer.get_delta_weight(ADAPTER).detach()
-            key = f"{name}.base_layer.weight"
-            if layer.get_base_layer().weight.shape != delta.shape:
-                raise UnsupportedModelError(
-                    f"export: {name} holds a packed weight {tuple(layer.get_base_layer().weight.shape)}; "
-                    f"dequantise the base model before exporting a merged checkpoint"
-                )
-            state[key] = (state[key] + delta.to(state[key])).contiguous()
-        for key in list(state):
-            if ".base_layer." in key:
-                state[key.replace(".base_layer.", ".")] = state.pop(key)
-            elif f".{ADAPTER}." in key or key.endswith(f".{ADAPTER}"):
-                del state[key]
+        merged: dict[str, torch.Tensor] = {}
+        layers = dict(_adapters(model))
+        for name, layer in layers.items():
+            _refuse_packed("export", name, layer)
+            merged.update({f"{name}.{key}": value for key, value in _merged(layer).state_dict().items()})
+        stock: dict[str, torch.Tensor] = {}
+        for key, value in state.items():
+            owner = next((name for name in layers if key.startswith(f"{name}.")), None)
+            if owner is None:
+                stock[key] = value
+                continue
+            inner, _, rest = key.removeprefix(f"{owner}.").partition(".")
+            if inner in ("base_layer", "original_module"):
+                stock[f"{owner}.{rest}"] = merged[f"{owner}.{rest}"]
+        state.clear()
+        state.update(stock)
 
 
-def _adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
+def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's layers around stock modules: adapters, and trainable copies (`modules_to_save`)."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
 
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+            yield name, module
+
+
+def _stock_part(layer: Any) -> nn.Module:
+    return layer.original_module if "original_module" in layer._modules else layer.get_base_layer()
+
+
+def _merged(layer: Any) -> nn.Module:
+    """A copy of the layer's stock module with the adapter's result in it; the layer itself is not touched."""
+    if "modules_to_save" in layer._modules:
+        return layer.modules_to_save[ADAPTER]
+    twin = _shallow(layer)
+    twin._modules["base_layer"] = _shallow(layer.base_layer, own_parameters=True)
+    twin.merge(safe_merge=True)
+    return twin.get_base_layer()
+
+
+def _shallow(module: nn.Module, own_parameters: bool = False) -> Any:
+    twin = copy.copy(module)
+    # peft keeps lists of merged adapters and caches, which must not be shared; what they hold may be
+    twin.__dict__ = {k: copy.copy(v) if isinstance(v, dict | list) else v for k, v in vars(module).items()}
+    if own_parameters:
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                twin._parameters[key] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        for key, child in module._modules.items():
+            twin._modules[key] = None if child is None else _shallow(child, own_parameters=True)
+    return twin
+
+
+def _refuse_packed(verb: str, name: str, layer: Any) -> None:
+    weight = getattr(_stock_part(layer), "weight", None)
+    if weight is None or not weight.is_floating_point():
+        kind = "no weight" if weight is None else f"a packed weight ({weight.dtype}, {tuple(weight.shape)})"
+        raise UnsupportedModelError(
+            f"{verb}: {name} holds {kind}, into which no adapter can be merged; save() the adapter, or load the base "
+            f"model unquantised, load() the adapter and {verb} that"
+        )
