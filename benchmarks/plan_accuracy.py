@@ -241,10 +241,9 @@ def run_one(c: dict) -> dict:
 
 def profile(step, before: int) -> tuple[int, dict[str, int]]:
     """Peak of the step and of its phases from the allocator's events."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
+    from tightfit.core.memory import allocation_profile
 
-    with profiler(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+    with allocation_profile() as run:
         step()
     events = run.profiler.kineto_results.events()
     spans = sorted(

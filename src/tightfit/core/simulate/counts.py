@@ -42,6 +42,7 @@ class Facts:
     exponential: bool
     add: bool
     reads_value: bool
+    uninitialised: bool
     writes: tuple[int, ...]
     dynamic: bool
     flops: Callable | None
@@ -62,6 +63,7 @@ def facts(func) -> Facts:
         exponential=any(word in name for word in _EXP),
         add=func is aten.add.Tensor,
         reads_value=name == "_local_scalar_dense",
+        uninitialised="empty" in name,
         writes=tuple(i for i, a in enumerate(func._schema.arguments) if a.alias_info and a.alias_info.is_write),
         dynamic=torch.Tag.dynamic_output_shape in func.tags or name in ("index", "index_put", "index_put_"),
         flops=_flop_formula(func),

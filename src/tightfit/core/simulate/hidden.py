@@ -54,6 +54,14 @@ class Spec:
         reach = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride)) if math.prod(self.shape) else 0
         return reach * self.dtype.itemsize
 
+    def resized(self, shape: tuple[int, ...]) -> Spec:
+        """The same layout in another shape: dense, dimensions in the same order."""
+        stride, step = [0] * len(shape), 1
+        for i in sorted(range(len(shape)), key=lambda i: (self.stride[i], -i)):
+            stride[i] = 0 if self.stride[i] == 0 and self.shape[i] > 1 else step
+            step *= shape[i] if stride[i] else 1
+        return Spec(shape, tuple(stride), self.dtype)
+
     def zeros(self) -> torch.Tensor:
         """A real tensor of this form."""
         flat = torch.zeros(self.nbytes // self.dtype.itemsize, dtype=self.dtype)
@@ -177,23 +185,36 @@ def measure_hidden(signatures: dict[int, Signature], level: list[int], ceiling: 
 
 def run_alone(wanted: list[Signature]) -> tuple[dict[Signature, int], list[Signature]]:
     """(hidden bytes of each signature, those that were too large or out of time)."""
+    plans = {found: [found] if _is_small(found) else smaller(found) for found in wanted}
+    pieces = list(dict.fromkeys(p for plan in plans.values() if all(map(_is_small, plan)) for p in plan))
+    taken = _profiled(pieces) if pieces else {}
+    sizes: dict[Signature, int] = {}
+    for found, plan in plans.items():
+        if plan and all(piece in taken for piece in plan):
+            sizes[found] = taken[found] if plan == [found] else _enlarged(found, plan, taken)
+    return sizes, [found for found in wanted if found not in sizes]
+
+
+def _is_small(found: Signature) -> bool:
+    limit = LARGEST_FLOPS if "conv" in facts(found.func).name else LARGEST_FLOPS / 4
+    return found.nbytes <= LARGEST_BYTES and _flops(found) <= limit
+
+
+def _profiled(pieces: list[Signature]) -> dict[Signature, int]:
     from torch.profiler import record_function
 
-    small = [f for f in wanted if f.nbytes <= LARGEST_BYTES and _flops(f) <= LARGEST_FLOPS]
-    if not small:
-        return {}, wanted
     done: list[Signature] = []
     end = time.perf_counter() + SECONDS
     with torch.random.fork_rng(devices=[]), allocation_profile() as run:
-        for found in small:
+        for found in pieces:
             if time.perf_counter() > end and len(done) > 2:
                 break
             with contextlib.suppress(Exception):  # zeros are no valid input to it: left unmeasured
                 found.run()  # kernels keep what they prepared on their first call
-                inputs = (_real(found.args), {key: _real(value) for key, value in found.kwargs})
+                args, kwargs = _real(found.args), {key: _real(value) for key, value in found.kwargs}
                 with torch.no_grad(), record_function(f"tightfit:{len(done)}"):
-                    out = found.func(*inputs[0], **inputs[1])
-                del out, inputs
+                    out = found.func(*args, **kwargs)
+                del out, args, kwargs
                 done.append(found)
     events = run.profiler.kineto_results.events()
     memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
@@ -207,7 +228,38 @@ def run_alone(wanted: list[Signature]) -> tuple[dict[Signature, int], list[Signa
                     net += size
                     highest = max(highest, net)
             sizes[done[int(event.name()[9:])]] = max(0, highest - net)
-    return sizes, [f for f in wanted if f not in sizes]
+    return sizes
+
+
+# -- operators too large to run: smaller ones on a line ----------------------------------------------------------
+
+
+def smaller(found: Signature) -> list[Signature]:
+    """Small versions of a large matrix product: a corner, one with more rows, one with a longer inner dimension.
+
+    What such a kernel takes is linear in either, so `_enlarged` can follow the two lines. [] for other operators.
+    """
+    specs, name = found.specs(), facts(found.func).name
+    if "mm" not in name:
+        return []
+    rows, inner = specs[-2].shape[-2:]
+    few, low = min(32, rows), min(64, inner)
+    return [_cut(found, m, k) for m, k in ((few, low), (2 * few, low), (few, 2 * low))]
+
+
+def _cut(found: Signature, rows: int, inner: int) -> Signature:
+    *front, left, right = found.args[: 3 if "add" in facts(found.func).name else 2]
+    left_cut = left.resized((*left.shape[:-2], rows, inner))
+    right_cut = right.resized((*right.shape[:-2], inner, right.shape[-1]))
+    if front and len(front[0].shape) == len(left.shape):
+        front = [front[0].resized((*left.shape[:-2], rows, right.shape[-1]))]
+    return dataclasses.replace(found, args=(*front, left_cut, right_cut))
+
+
+def _enlarged(found: Signature, plan: list[Signature], taken: dict[Signature, int]) -> int:
+    corner, taller, deeper = (taken[piece] for piece in plan)
+    (rows, inner), (few, low) = found.specs()[-2].shape[-2:], plan[0].specs()[-2].shape[-2:]
+    return round(corner + (taller - corner) / few * (rows - few) + (deeper - corner) / low * (inner - low))
 
 
 def _flops(found: Signature) -> float:

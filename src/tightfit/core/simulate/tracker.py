@@ -235,12 +235,14 @@ class Tracker(TorchDispatchMode):
         for tensor in inputs:
             if value_of(tensor) is None and (facts.writes or not is_small_value(tensor)):
                 return False
-        if not inputs and (not outputs or outputs[0].dtype.is_floating_point):
+        if not inputs and (not outputs or facts.uninitialised):
             return False
         size = 0
         for tensor in outputs:
             size += tensor.numel() * tensor.element_size()
-        return size <= SCALAR_BYTES or (size <= VALUE_LIMIT_BYTES and not outputs[0].dtype.is_floating_point)
+        if size <= SCALAR_BYTES:
+            return True
+        return size <= VALUE_LIMIT_BYTES and (not inputs or not outputs[0].dtype.is_floating_point)
 
     def _known_shape(self, func, args, kwargs, inputs):
         """An operator whose output shape depends on values: answered where the values are known."""
@@ -273,10 +275,15 @@ def _positions(index):
     return tuple(torch.empty(f.shape, dtype=f.dtype, device="cpu") for f in found)
 
 
+_BETWEEN = (__name__, "torch._dynamo.eval_frame", "torch._compile")
+
+
 def _from_engine() -> bool:
     """Whether the operator comes from the autograd engine and not from a Python backward."""
-    frame = sys._getframe(3)
-    return frame.f_globals.get("__name__", "").startswith("torch.autograd")
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") in _BETWEEN:
+        frame = frame.f_back
+    return frame is None or frame.f_globals.get("__name__", "").startswith("torch.autograd")
 
 
 def _tensors(args, kwargs) -> list[torch.Tensor]:
