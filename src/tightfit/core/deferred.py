@@ -105,7 +105,7 @@ class DeferredLogits(torch.Tensor):
     @staticmethod
     def __new__(cls, hidden, head, stock, source, steps=(), dtype=None, view=None):
         shape = (*hidden.shape[:-1], source.width(head))
-        dtype = dtype or _output_dtype(hidden, head)
+        dtype = dtype or _autocast_dtype(hidden.device.type) or hidden.dtype
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
         self._hidden, self._head, self._stock, self._source = hidden, head, stock, source
         self._steps, self._view, self._real, self._version_seen = steps, view, None, 0
@@ -174,11 +174,9 @@ class DeferredLogits(torch.Tensor):
         return func(*_real(args), **_real(kwargs or {}))
 
 
-def _output_dtype(hidden: torch.Tensor, head: nn.Module) -> torch.dtype:
-    kind = hidden.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return hidden.dtype
+def _autocast_dtype(kind: str) -> torch.dtype | None:
+    active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if active else None
 
 
 def _real(value):
@@ -338,7 +336,8 @@ def _cross_entropy(
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
-    return loss if logits.dtype == loss.dtype else loss.to(logits.dtype)
+    # autocast runs cross_entropy in float32
+    return loss.to(torch.float32 if _autocast_dtype(logits.device.type) else logits.dtype)
 
 
 def _shifted(rows: HeadRows, shift: torch.Tensor | None):

@@ -86,10 +86,10 @@ class ReducedHead(HeadSource):
         mapped = position[inside]
         outside = (mapped < 0) if vocabulary.head == "pruned" else (mapped >= len(vocabulary.ids))
         outside = outside & ~ignored
-        self._account(target, outside)
+        self._account(head, target, outside)
         return mapped.masked_fill(ignored, ignore_index)
 
-    def _account(self, target: torch.Tensor, outside: torch.Tensor) -> None:
+    def _account(self, head: nn.Module, target: torch.Tensor, outside: torch.Tensor) -> None:
         vocabulary = self.vocabulary
         if not hfmodel.has_values(target):
             return
@@ -100,6 +100,8 @@ class ReducedHead(HeadSource):
             else:
                 torch._assert_async((~outside).all(), "PartialEmbedding(head='pruned'): a label outside the kept ids")
             return
+        if not (head.training and head.weight.requires_grad):  # type: ignore[union-attr]
+            return  # no row of the head trains here, so none is left out
         count = outside.sum()
         if vocabulary.outside_labels is None:
             if target.device.type == "cpu" and not int(count):

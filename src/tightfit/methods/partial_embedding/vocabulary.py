@@ -181,9 +181,11 @@ class Vocabulary(Part):
             tensor = _held(module, attribute)
             for optimizer in self._optimizers:
                 for key, value in optimizer.state.get(tensor, {}).items():
-                    if not torch.is_tensor(value) or value.numel() == 1 or value.shape == tensor.shape[1:]:
+                    if not torch.is_tensor(value) or value.numel() == 1:
                         continue
-                    if value.shape not in (tensor.shape, tensor.shape[:1]) or not value.is_floating_point():
+                    by_row = value.shape[:1] == tensor.shape[:1]
+                    by_column = value.numel() == tensor[0].numel()
+                    if not value.is_floating_point() or not (by_row or by_column):
                         raise StateError(
                             f"PartialEmbedding: the vocabulary cannot grow: {type(optimizer).__name__} keeps {key!r} "
                             f"of shape {tuple(value.shape)} and dtype {value.dtype} for a table of shape "
