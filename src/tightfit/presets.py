@@ -1,0 +1,61 @@
+"""Named recipes, each one visible chain.
+
+A name stands for its chain on the command line too, with dashes: `tightfit compare recipe.yaml --methods
+stock,lora,partial-embedding-checkpointing`.
+"""
+
+from __future__ import annotations
+
+from tightfit.core.errors import RecipeError
+from tightfit.core.fields import near
+from tightfit.core.recipe import Recipe, chain, method_classes
+from tightfit.methods import Checkpointing, Lora, PartialEmbedding
+
+stock = chain()
+checkpointing = chain(Checkpointing())
+lora = chain(Lora())
+lora_checkpointing = chain(Lora(), Checkpointing())
+partial_embedding = chain(PartialEmbedding())
+partial_embedding_checkpointing = chain(PartialEmbedding(), Checkpointing())
+partial_embedding_lora = chain(PartialEmbedding(), Lora())
+partial_embedding_lora_checkpointing = chain(PartialEmbedding(), Lora(), Checkpointing())
+
+
+def presets() -> dict[str, Recipe]:
+    """Every named recipe of this module.
+
+    Example:
+        >>> from tightfit.presets import presets
+        >>> presets()["lora_checkpointing"]
+        chain(Lora(), Checkpointing())
+    """
+    return {name: value for name, value in globals().items() if isinstance(value, Recipe)}
+
+
+def named(text: str) -> Recipe:
+    """The recipe a name stands for: a preset, a method's short name, or several of them joined by `+`.
+
+    Raises:
+        RecipeError: an unknown name, or a method named twice.
+
+    Example:
+        >>> from tightfit.presets import named
+        >>> named("partial-embedding+checkpointing")
+        chain(PartialEmbedding(), Checkpointing())
+    """
+    short = {cls.name: cls for cls in method_classes().values()}
+    known = presets()
+    recipe = chain()
+    for part in text.split("+"):
+        key = part.strip().lower()
+        if key.replace("-", "_") in known:
+            recipe = chain(recipe, known[key.replace("-", "_")])
+        elif key in short:
+            recipe = chain(recipe, short[key]())
+        else:
+            names = list(dict.fromkeys([*short, *(name.replace("_", "-") for name in known)]))
+            raise RecipeError(f"methods: unknown name {part.strip()!r}{near(key, names)}; known are {', '.join(names)}")
+    kinds = [type(transform).__name__ for transform in recipe]
+    if len(set(kinds)) < len(kinds):
+        raise RecipeError(f"methods: {text!r} names a method twice ({', '.join(kinds)})")
+    return recipe
