@@ -64,9 +64,14 @@ def run(seeds: tuple[int, ...] = SEEDS) -> list[dict[str, Any]]:
     from tightfit.train.bench import step_time
     from tightfit.train.run import prepare, train
 
-    rows = []
+    config = {"train": TRAIN, "tasks": TASKS}
+    earlier = record.read(NAME)
+    rows = earlier["rows"] if earlier and earlier["config"] == config else []
+    done = {(row["task"], row["seed"]) for row in rows}
     for task_name, task in TASKS.items():
         for seed in seeds:
+            if (task_name, seed) in done:
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 files = {
                     name: recipe_file(task, methods, seed, Path(folder) / name, record.SHARED / "data")
@@ -96,7 +101,7 @@ def run(seeds: tuple[int, ...] = SEEDS) -> list[dict[str, Any]]:
                     row["step_time_runs"] = ratios
                     row["export"] = check_export(files["PartialEmbedding"], prepared)
                 rows.append(row)
-                record.write(NAME, {"train": TRAIN, "tasks": TASKS}, rows)
+                record.write(NAME, config, rows)
                 print(row, flush=True)
     return rows
 

@@ -143,7 +143,7 @@ def plan(
     shadow = meta_copy(model)
     planned, conflicts = resolve(shadow, recipe)
     rows = [EditRow(type(t).__name__, e.slot.label, e.target, e.note) for t, e in planned]
-    shared = {
+    shared: dict[str, Any] = {
         "recipe": recipe,
         "model": type(model).__name__,
         "optimizer": optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", repr(optimizer)),
