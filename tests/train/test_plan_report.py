@@ -71,7 +71,7 @@ def test_a_browser_shows_the_page_without_sideways_scrolling(plan, tmp_path, wid
     )
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += ["--allow-file-access-from-files", "--virtual-time-budget=5000", f"--user-data-dir={tmp_path / 'chromium'}"]
+    command += ["--allow-file-access-from-files", "--virtual-time-budget=5000", f"--user-data-dir={tmp_path / 'web'}"]
     done = subprocess.run(
         [*command, "--dump-dom", (tmp_path / "probe.html").as_uri()], capture_output=True, text=True, timeout=120
     )
