@@ -129,6 +129,9 @@ def export(applied: Applied, folder: str | os.PathLike) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing_folder(folder) as temporary:
             model.save_pretrained(temporary, state_dict=state)
+            # it wrote the dtype of a stand-in, where the first parameter has one, and all would be loaded in that
+            model.config.dtype = next((v.dtype for v in state.values() if v.is_floating_point()), None)
+            model.config.save_pretrained(temporary)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,64 @@
+"""The methods under the battery: a method is one row."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import models
+from checks.transforms import CountCalls, HalfTable, OwnLinear, SwapTokens, Tape
+
+from tightfit import Checkpointing, Lora, PartialEmbedding
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One method with what the battery may expect of it.
+
+    Attributes:
+        make: model -> recipe or transform.
+        keeps_names: stock parameters keep their names while it is applied.
+        exact: gradients are those of the stock step. A set names the families it is exact on.
+        merges_equal: the merged model gives the logits of the applied one (up to rounding).
+        deterministic: it draws no random numbers, so a step can be repeated.
+    """
+
+    name: str
+    make: Callable[[Any], Any]
+    keeps_names: bool = True
+    exact: bool | frozenset[str] = True
+    merges_equal: bool = True
+    deterministic: bool = True
+
+    def is_exact(self, family: str) -> bool:
+        return self.exact if isinstance(self.exact, bool) else family in self.exact
+
+
+def _partial(**fields):
+    return lambda model: PartialEmbedding(ids=models.kept_ids(model), force=True, **fields)
+
+
+def _dora(model):
+    return Lora(config={"peft_type": "LORA", "r": 2, "use_dora": True, "target_modules": "all-linear"})
+
+
+ENCODERS = frozenset({"bert"})
+
+ROWS = [
+    Row("lora", lambda model: Lora(rank=2), keeps_names=False, exact=False),
+    Row("dora", _dora, keeps_names=False, exact=False),
+    Row("checkpointing", lambda model: Checkpointing()),
+    Row("checkpointing-offload", lambda model: Checkpointing(offload=True)),
+    Row("partial-embedding", _partial()),
+    Row("partial-embedding-split", _partial(head="split"), exact=ENCODERS),
+    Row("partial-embedding-pruned", _partial(head="pruned"), exact=ENCODERS, merges_equal=False),
+    Row("partial-embedding-grow", _partial(unknown="grow")),
+    Row("half-table", lambda model: HalfTable(), exact=False, merges_equal=False),
+    Row("own-linear", lambda model: OwnLinear()),
+    Row("tape", lambda model: Tape()),
+    Row("count-calls", lambda model: CountCalls()),
+    Row("swap-tokens", lambda model: SwapTokens(), exact=False, deterministic=False),
+]
+
+FAMILIES = ("bert", "llama", "t5")
