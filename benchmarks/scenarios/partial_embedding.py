@@ -68,8 +68,8 @@ def run(seeds: tuple[int, ...] = SEEDS) -> list[dict[str, Any]]:
     earlier = record.read(NAME)
     rows = earlier["rows"] if earlier and earlier["config"] == config else []
     done = {(row["task"], row["seed"]) for row in rows}
-    for task_name, task in TASKS.items():
-        for seed in seeds:
+    for seed in seeds:
+        for task_name, task in TASKS.items():
             if (task_name, seed) in done:
                 continue
             with tempfile.TemporaryDirectory() as folder:
