@@ -7,7 +7,7 @@ from tiny_models import bert
 
 from tightfit.train.recipe_file import RecipeFile
 
-GOOD, BAD = ["good", "fine", "very good", "brown fox"], ["bad", "dull", "not good", "lazy dog"]
+GOOD, BAD = ["good", "fine", "very fine"], ["bad", "dull", "bad bad"]
 
 
 def rows(count, seed=0):
@@ -15,8 +15,8 @@ def rows(count, seed=0):
     lines = ["sentence\tlabel"]
     for _ in range(count):
         label = draw.random() < 0.5
-        words = " ".join(draw.choice(["the", "film", "was", "plot", "actor"]) for _ in range(draw.randint(1, 6)))
-        lines.append(f"{words} {draw.choice(GOOD if label else BAD)}\t{int(label)}")
+        words = " ".join(draw.choice(["the", "film", "was", "plot", "actor"]) for _ in range(draw.randint(0, 3)))
+        lines.append(f"{draw.choice(GOOD if label else BAD)} {words}\t{int(label)}")
     return "\n".join(lines) + "\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +15,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: told apart under every common colour blindness, and shapes differ too
 OURS = {"marker": "o", "color": "#0072B2", "label": "tightfit recipe"}
 BASELINE = {"marker": "s", "color": "#D55E00", "label": "baseline"}
-OFFSETS = [
-    (9, 0),
-    (-9, 0),
-    (0, 10),
-    (0, -10),
-    (8, 9),
-    (8, -9),
-    (-8, 9),
-    (-8, -9),
-    (0, 20),
-    (0, -20),
-    (12, 19),
-    (12, -19),
-]
+DIRECTIONS = [(1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.8), (0.7, -0.8), (-0.7, 0.8), (-0.7, -0.8)]
 
 
 def draw_comparison(found: Comparison, png: Path, svg: Path) -> str:
@@ -65,7 +53,9 @@ def draw_comparison(found: Comparison, png: Path, svg: Path) -> str:
 
 
 def place_labels(axes: Any, points: list[tuple[float, float]], names: list[str]) -> list[Any]:
-    """Put a name beside each point where it covers no other name, no point, and nothing outside the axes.
+    """Put a name near each point where it covers no other name, no point, and nothing outside the axes.
+
+    The nearest free place around the point is taken; a line leads to a name that had to go further away.
 
     Returns:
         the texts, in the order of the points.
@@ -74,39 +64,44 @@ def place_labels(axes: Any, points: list[tuple[float, float]], names: list[str])
     from matplotlib.transforms import Bbox
 
     renderer = axes.figure.canvas.get_renderer()
+    per_point = axes.figure.dpi / 72
     pixels = [axes.transData.transform(point) for point in points]
     dots = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in pixels]
     frame = axes.get_window_extent(renderer)
     legend = axes.get_legend()
     taken = [legend.get_window_extent(renderer)] if legend is not None else []
-    placed = []
+    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "ha": "left", "va": "bottom"}
+    texts = []
     for number, (point, name) in enumerate(zip(points, names)):
+        text = axes.annotate(name, point, xytext=(0, 0), **style)
+        size = Text.get_window_extent(text, renderer)
+        others = taken + [dot for i, dot in enumerate(dots) if i != number]
         best = None
-        for reach in (1, 1.8, 2.8, 4):
-            for across, up in OFFSETS:
-                text = axes.annotate(
-                    name, point, xytext=(across * reach, up * reach), textcoords="offset points", fontsize=9,
-                    ha="left" if across > 0 else "right" if across < 0 else "center",
-                    va="bottom" if up > 0 else "top" if up < 0 else "center",
-                    arrowprops={"arrowstyle": "-", "alpha": 0.5, "lw": 0.8} if reach > 1 else None,
-                )  # fmt: skip
-                box = Text.get_window_extent(text, renderer).padded(1)  # without the leader line
-                others = taken + [dot for i, dot in enumerate(dots) if i != number]
-                cost = sum(_shared(box, other) for other in others) + _outside(box, frame)
-                if best is None or cost < best[0]:
-                    if best is not None:
-                        best[1].remove()
-                    best = (cost, text, box)
-                else:
-                    text.remove()
-                if best[0] == 0:
-                    break
-            if best is not None and best[0] == 0:
+        for place, (left, low) in enumerate(_places(pixels[number], size.width, size.height)):
+            box = Bbox.from_bounds(left, low, size.width, size.height).padded(1)
+            cost = sum(_shared(box, other) for other in others) + _outside(box, frame)
+            if best is None or cost < best[0]:
+                best = (cost, place, box)
+            if cost == 0:
                 break
         assert best is not None
-        taken.append(best[2])
-        placed.append(best[1])
-    return placed
+        _, place, box = best
+        taken.append(box)
+        text.remove()
+        offset = ((box.x0 + 1 - pixels[number][0]) / per_point, (box.y0 + 1 - pixels[number][1]) / per_point)
+        line = {"arrowstyle": "-", "alpha": 0.5, "lw": 0.8} if place >= len(DIRECTIONS) else None
+        texts.append(axes.annotate(name, point, xytext=offset, arrowprops=line, **style))
+    return texts
+
+
+def _places(dot: Any, width: float, height: float) -> Iterator[tuple[float, float]]:
+    """Lower left corners of a box around a dot, in pixels, the nearest first."""
+    for reach in (10, 18, 28, 40, 55, 75, 100, 130):
+        for across, up in DIRECTIONS:
+            yield (
+                dot[0] + across * reach + width * (across - 1) / 2,
+                dot[1] + up * reach + height * (up - 1) / 2,
+            )
 
 
 def _shared(one: Any, other: Any) -> float:

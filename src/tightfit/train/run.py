@@ -16,12 +16,13 @@ import torch
 
 from tightfit.core.apply import Applied, apply
 from tightfit.core.artifacts import load, replacing_folder
-from tightfit.core.errors import ConflictError, SimulationError, TrainingError
+from tightfit.core.errors import ConflictError, RecipeError, SimulationError, TrainingError
 from tightfit.core.plan import Plan, plan
 from tightfit.core.recipe import Recipe
+from tightfit.core.skeleton import skeleton
 from tightfit.train import checkpoints, folder
 from tightfit.train.data import TaskData, load_data, longest_batch
-from tightfit.train.tasks import build_model, build_tokenizer, primary_metric
+from tightfit.train.tasks import build_model, build_tokenizer, model_path, primary_metric
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,6 +96,14 @@ def filled(recipe: Recipe, prepared: Prepared, model: PreTrainedModel) -> Recipe
     return Recipe(tuple(done))
 
 
+def build_skeleton(file: RecipeFile, data: TaskData) -> PreTrainedModel:
+    """The model of `build_model` without its weights: enough to plan with."""
+    overrides: dict[str, Any] = {}
+    if data.num_labels is not None and file.task != "question-answering":
+        overrides = {"num_labels": data.num_labels, "problem_type": data.problem_type}
+    return skeleton(model_path(file.model), task=file.task, dtype=torch.float32, **overrides)  # type: ignore
+
+
 def plan_run(file: RecipeFile, prepared: Prepared, recipe: Recipe, model: PreTrainedModel) -> Plan:
     """The plan of a run's step on its longest batch. Raises: SimulationError, and what `plan` raises."""
     batch = longest_batch(prepared.data, file.train.batch_size)
@@ -133,6 +142,8 @@ def train(
     """
     _join_processes()
     folder.check_free(file, resume)
+    if file.train.precision == "fp16" and not torch.accelerator.is_available():
+        raise RecipeError("train.precision: fp16 needs a GPU; on the CPU accepted are fp32 and bf16")
     prepared = prepared or prepare(file)
     for note in prepared.data.notes:
         echo(f"note: {note}")

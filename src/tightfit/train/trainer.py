@@ -48,6 +48,7 @@ def training_arguments(section: TrainSection, folder: Path) -> TrainingArguments
         max_grad_norm=section.max_grad_norm,
         seed=section.seed,
         data_seed=section.seed,
+        use_cpu=not torch.accelerator.is_available(),
         bf16=section.precision == "bf16",
         fp16=section.precision == "fp16",
         logging_steps=section.logging_steps,
