@@ -183,11 +183,18 @@ def measure_hidden(signatures: dict[int, Signature], level: list[int], ceiling: 
     return Hidden(extra, slack, (f"memory inside large kernels not measured: {', '.join(names)}",))
 
 
+_known: dict[tuple[Signature, int], int] = {}
+
+
 def run_alone(wanted: list[Signature]) -> tuple[dict[Signature, int], list[Signature]]:
     """(hidden bytes of each signature, those that were too large or out of time)."""
     plans = {found: [found] if _is_small(found) else smaller(found) for found in wanted}
     pieces = list(dict.fromkeys(p for plan in plans.values() if all(map(_is_small, plan)) for p in plan))
-    taken = _profiled(pieces) if pieces else {}
+    threads = torch.get_num_threads()
+    fresh = [piece for piece in pieces if (piece, threads) not in _known]
+    if fresh:
+        _known.update({(piece, threads): size for piece, size in _profiled(fresh).items()})
+    taken = {piece: _known[piece, threads] for piece in pieces if (piece, threads) in _known}
     sizes: dict[Signature, int] = {}
     for found, plan in plans.items():
         if plan and all(piece in taken for piece in plan):

@@ -11,10 +11,11 @@ from torch import nn
 
 from tightfit.core.simulate import timeline
 from tightfit.core.simulate.batches import example_batch
-from tightfit.core.simulate.counts import Counts
+from tightfit.core.simulate.extrapolate import extended
 from tightfit.core.simulate.hidden import Hidden, measure_hidden
 from tightfit.core.simulate.step import Loss, StepOptions, trace_step
-from tightfit.core.simulate.tracker import PHASES, Trace
+from tightfit.core.simulate.timeline import Account, account
+from tightfit.core.simulate.tracker import PHASES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,8 @@ def simulate(
         autocast: dtype of a mixed-precision forward.
         loss: from the model's outputs to a scalar; `outputs.loss` by default.
         device: "cpu" is exact; "cuda" is modelled on the CPU.
-        extrapolate: "auto" simulates a few blocks of a long stack where that gives the same answer; False never.
+        extrapolate: "auto" simulates a few blocks where a stack is long and its blocks are alike, and extends them to
+            the whole stack, which gives the same bytes; True wherever blocks are alike; False never.
         train: False simulates a forward without gradients in evaluation mode.
         accumulate: micro-batches per step.
 
@@ -125,27 +127,33 @@ def simulate(
     options = StepOptions(
         optimizer=optimizer, clip=clip, autocast=autocast, loss=loss, device=device, train=train, accumulate=accumulate
     )
-    trace, counts = trace_step(model, batch, options)
-    return _assemble(trace, counts, device)
+    found = None
+    if extrapolate:
+        found = extended(model, batch, options, force=extrapolate is True)
+    if found is None:
+        found = account(*trace_step(model, batch, options))
+    return _assemble(found, device)
 
 
-def _assemble(trace: Trace, counts: Counts, device: str) -> Simulation:
-    found = timeline.levels(trace)
-    unseen = _hidden(trace, found) if device == "cpu" else Hidden({})
-    found = timeline.levels(trace, unseen.extra)
-    peak_bytes, at = timeline.peak(found, trace)
-    split = dict(zip(timeline.CATEGORIES, found.categories[at]))
-    saved = timeline.saved_by_module(trace)
+def _assemble(found: Account, device: str) -> Simulation:
+    maxima = timeline.phase_maxima(found.levels, found.phases)
+    unseen = Hidden({})
+    if device == "cpu":
+        ceiling = [maxima.get(phase, 0) for phase in found.phases]
+        unseen = measure_hidden(found.signatures, found.levels.total, ceiling)
+    levels = timeline.with_hidden(found.levels, unseen.extra)
+    at = timeline.peak(levels)
+    counts = found.counts
     return Simulation(
-        peak_bytes=peak_bytes,
-        by_category=split,
-        phases=timeline.phase_maxima(found, trace),
-        peak_phase=PHASES[trace.phases[at]],
-        peak_module=trace.modules[at],
-        peak_operator=trace.names[at],
-        saved_bytes=sum(saved.values()),
-        saved_by_module=saved,
-        static_bytes=found.static,
+        peak_bytes=levels.total[at],
+        by_category=dict(zip(timeline.CATEGORIES, levels.categories[at])),
+        phases=_named(timeline.phase_maxima(levels, found.phases)),
+        peak_phase=PHASES[found.phases[at]],
+        peak_module=found.modules[at],
+        peak_operator=found.names[at],
+        saved_bytes=sum(found.saved.values()),
+        saved_by_module=found.saved,
+        static_bytes=levels.static,
         flops=_named(counts.flops),
         bytes_moved=_named(counts.bytes_moved),
         exponentials=_named(counts.exponentials),
@@ -153,21 +161,15 @@ def _assemble(trace: Trace, counts: Counts, device: str) -> Simulation:
         operators=_named(counts.operators),
         calls={(PHASES[call[0]], *call[1:]): number for call, number in counts.calls.items()},
         timeline=Timeline(
-            [PHASES[p] for p in trace.phases],
-            trace.modules,
-            trace.names,
-            {name: [split[i] for split in found.categories] for i, name in enumerate(timeline.CATEGORIES)},
+            [PHASES[p] for p in found.phases],
+            found.modules,
+            found.names,
+            {name: [split[i] for split in levels.categories] for i, name in enumerate(timeline.CATEGORIES)},
             at,
         ),
         slack_bytes=unseen.slack_bytes,
-        notes=unseen.notes,
+        notes=(*found.notes, *unseen.notes),
     )
-
-
-def _hidden(trace: Trace, found: timeline.Levels) -> Hidden:
-    maxima = timeline.phase_maxima(found, trace)
-    ceiling = [maxima.get(PHASES[phase], 0) for phase in trace.phases]
-    return measure_hidden(trace.signatures, found.total, ceiling)
 
 
 def _named(table: dict[int, int]) -> dict[str, int]:

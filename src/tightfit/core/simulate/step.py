@@ -74,12 +74,14 @@ def trace_step(
         tracker.static(twin.weights, "weights")
         tracker.ignore(twin.host)
         tracker.static((t for t in inputs.values() if isinstance(t, torch.Tensor)), "activations")
-        gc.collect()
         gc.disable()
         with torch.random.fork_rng(devices=[]), mode:
-            optimizer = _warm_optimizer(twin.model, tracker, options) if options.train else None
+            optimizer = _optimizer(twin.model, tracker, options) if options.train else None
             with tracker, tracker.attribution.running(), _seen_by(tracker), answering_masks():
                 _run(twin.model, inputs, optimizer, tracker, options)
+            if optimizer is not None:
+                tracker.move_to_start(_state(optimizer), "optimizer")
+            trace = dataclasses.replace(tracker.trace, events=list(tracker.trace.events))  # the copy dies after this
     except TightfitError:
         raise
     except Exception as error:
@@ -87,7 +89,7 @@ def trace_step(
     finally:
         if collecting:
             gc.enable()
-    return tracker.trace, tracker.counts
+    return trace, tracker.counts
 
 
 def _run(model, inputs, optimizer, tracker: Tracker, options: StepOptions) -> None:
@@ -137,18 +139,27 @@ def _autocast(options: StepOptions):
     return torch.autocast("cpu", dtype=options.autocast)
 
 
-def _warm_optimizer(model: nn.Module, tracker: Tracker, options: StepOptions) -> torch.optim.Optimizer:
-    """The optimizer after a first step, its state recorded as alive before this one."""
+def _optimizer(model: nn.Module, tracker: Tracker, options: StepOptions) -> torch.optim.Optimizer:
+    """The optimizer, its state recorded as alive before the step.
+
+    The named ones make their state at the beginning of a first step that is otherwise like every other, so it is
+    enough to move the state to the start afterwards. Of any other optimizer a first step is run unrecorded.
+    """
     parameters = list(model.parameters())
     optimizer = make_optimizer(options.optimizer, parameters, options.device)
-    for parameter in parameters:
-        if parameter.requires_grad:
-            parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
-    for parameter in parameters:
-        parameter.grad = None
-    tracker.static((t for state in optimizer.state.values() for t in _tensors(state)), "optimizer")
+    if callable(options.optimizer):
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+        tracker.static(_state(optimizer), "optimizer")
     return optimizer
+
+
+def _state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [tensor for state in optimizer.state.values() for tensor in _tensors(state)]
 
 
 def _tensors(state: Mapping[str, Any]) -> list[torch.Tensor]:

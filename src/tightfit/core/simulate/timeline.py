@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from tightfit.core.simulate.tracker import BACKWARD, FORWARD, OPTIMIZER, PHASES, RECOMPUTE, Trace
+from tightfit.core.simulate.counts import Counts
+from tightfit.core.simulate.hidden import Signature
+from tightfit.core.simulate.tracker import FORWARD, OPTIMIZER, RECOMPUTE, Trace
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "temporary", "host")
 _INDEX = {name: i for i, name in enumerate(CATEGORIES)}
@@ -28,10 +30,9 @@ class Levels:
     static: int
 
 
-def levels(trace: Trace, extra: dict[int, int] | None = None) -> Levels:
-    """Add up a trace; `extra` are bytes that an operator takes and gives back inside (operator -> bytes)."""
+def levels(trace: Trace) -> Levels:
+    """Add up a trace."""
     owner = categories(trace)
-    extra = extra or {}
     now = [0] * len(CATEGORIES)
     for number, size in trace.static.items():
         now[owner[number]] += size
@@ -65,15 +66,7 @@ def levels(trace: Trace, extra: dict[int, int] | None = None) -> Levels:
     while begin >= 0:
         starts.setdefault(phase, (level, list(now)))
         phase, begin = next(marks)
-    for operator, size in extra.items():
-        _add_hidden(total, split, operator, size)
     return Levels(total, split, starts, static)
-
-
-def _add_hidden(total, split, operator: int, size: int) -> None:
-    total[operator] += size
-    split[operator] = list(split[operator])
-    split[operator][_TEMPORARY] += size
 
 
 def _joins_in_place(trace: Trace) -> set[tuple[int, int]]:
@@ -121,19 +114,59 @@ def categories(trace: Trace) -> list[int]:
     return out
 
 
-def peak(found: Levels, trace: Trace) -> tuple[int, int]:
-    """(bytes, operator) of the highest level."""
-    best = max(range(len(found.total)), key=found.total.__getitem__)
-    return found.total[best], best
+@dataclasses.dataclass
+class Account:
+    """A step added up, simulated block by block or extended from fewer blocks.
+
+    Attributes:
+        phases, modules, names: where each point (one dispatched operator) belongs.
+        levels: live bytes at each point, kernel-internal memory left out.
+        signatures: point -> what is needed to run its operator alone.
+        saved: module -> bytes packed for backward.
+        counts: work done.
+        trace: the allocations behind it, of the deepest stack that was simulated.
+        notes: how it came about.
+    """
+
+    phases: list[int]
+    modules: list[str]
+    names: list[str]
+    levels: Levels
+    signatures: dict[int, Signature]
+    saved: dict[str, int]
+    counts: Counts
+    trace: Trace
+    notes: tuple[str, ...] = ()
 
 
-def phase_maxima(found: Levels, trace: Trace) -> dict[str, int]:
+def account(trace: Trace, counts: Counts) -> Account:
+    """Add up one simulated step."""
+    saved = saved_by_module(trace)
+    return Account(trace.phases, trace.modules, trace.names, levels(trace), trace.signatures, saved, counts, trace)
+
+
+def with_hidden(found: Levels, extra: dict[int, int]) -> Levels:
+    """The same levels with bytes that operators take and give back inside (point -> bytes)."""
+    total, split = list(found.total), list(found.categories)
+    for point, size in extra.items():
+        total[point] += size
+        split[point] = list(split[point])
+        split[point][_TEMPORARY] += size
+    return dataclasses.replace(found, total=total, categories=split)
+
+
+def peak(found: Levels) -> int:
+    """Number of the point with the highest level."""
+    return max(range(len(found.total)), key=found.total.__getitem__)
+
+
+def phase_maxima(found: Levels, phases: list[int]) -> dict[int, int]:
     """Highest level in each phase that the step has, the level at its start included."""
     out = {phase: level for phase, (level, _) in found.starts.items()}
-    for phase, level in zip(trace.phases, found.total):
+    for phase, level in zip(phases, found.total):
         if level > out.get(phase, -1):
             out[phase] = level
-    return {PHASES[phase]: out[phase] for phase in sorted(out) if phase >= FORWARD}
+    return {phase: out[phase] for phase in sorted(out) if phase >= FORWARD}
 
 
 def saved_by_module(trace: Trace) -> dict[str, int]:
@@ -148,8 +181,3 @@ def saved_by_module(trace: Trace) -> dict[str, int]:
         if trace.categories.get(number) not in ("weights", "optimizer", "host"):
             out[module] = out.get(module, 0) + size
     return out
-
-
-def is_backward(phase: int) -> bool:
-    """Whether a phase belongs to the backward pass."""
-    return phase in (BACKWARD, RECOMPUTE)

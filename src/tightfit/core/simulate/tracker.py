@@ -31,6 +31,9 @@ PHASES = ("setup", "forward", "backward", "recompute", "clip", "optimizer", "zer
 SETUP, FORWARD, BACKWARD, RECOMPUTE, CLIP, OPTIMIZER, ZERO_GRAD = range(len(PHASES))
 
 
+_NO_WORK = ("prim", "profiler")
+
+
 @dataclasses.dataclass
 class Trace:
     """What a tracker saw. Operator number i is dispatched, allocates, and frees before operator i + 1.
@@ -113,6 +116,14 @@ class Tracker(TorchDispatchMode):
             if number in self.trace.static:
                 self._sizes[number] = self.trace.static[number] = 0
 
+    def move_to_start(self, tensors, category: str) -> None:
+        """Count tensors made during the step as alive before it: a cold step then reads as a warm one."""
+        numbers = {self.storage_id(part) for tensor in tensors for part in _plain(tensor)} - {None}
+        for number in numbers - self.trace.static.keys():
+            self.trace.static[number] = self._sizes[number]
+            self.trace.categories[number] = category
+        self.trace.events = [e for e in self.trace.events if e[1] not in numbers]
+
     def mark(self, tensors, category: str) -> None:
         """Name the category of storages that are alive now."""
         for tensor in tensors:
@@ -133,13 +144,13 @@ class Tracker(TorchDispatchMode):
         size = storage.nbytes()
         self._sizes.append(size)
         key = storage._cdata
-        storages, sizes, events, names = self._storages, self._sizes, self.trace.events, self.trace.names
+        storages, sizes, trace = self._storages, self._sizes, self.trace
 
         def freed(_, key=key, number=number):
             entry = storages.get(key)
             if entry is not None and entry[0] == number:
                 del storages[key]
-            events.append((len(names) - 1, number, -sizes[number]))
+            trace.events.append((len(trace.names) - 1, number, -sizes[number]))
 
         self._storages[key] = (number, weakref.ref(storage, freed))
         if record:
@@ -169,6 +180,8 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func.namespace in _NO_WORK:
+            return func(*args, **kwargs)
         facts = counts.facts(func)
         inputs = _tensors(args, kwargs)
         if facts.reads_value and inputs:
