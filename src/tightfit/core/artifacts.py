@@ -130,7 +130,9 @@ def export(applied: Applied, folder: str | os.PathLike) -> None:
         with replacing_folder(folder) as temporary:
             model.save_pretrained(temporary, state_dict=state)
             # it wrote the dtype of a stand-in, where the first parameter has one, and all would be loaded in that
-            model.config.dtype = next((v.dtype for v in state.values() if v.is_floating_point()), None)
+            dtype = next((v.dtype for v in state.values() if v.is_floating_point()), None)
+            # as text, like save_pretrained itself: a torch.dtype equal to the default is left out of the file
+            model.config.dtype = None if dtype is None else str(dtype).removeprefix("torch.")
             model.config.save_pretrained(temporary)
 
 

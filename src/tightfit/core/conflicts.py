@@ -37,10 +37,19 @@ def find_conflicts(planned: list[tuple[Transform, Edit]]) -> list[Conflict]:
     clashes: dict[tuple[str, str, Slot], list[str]] = defaultdict(list)
     for (slot, place), users in claimants.items():
         takers = {name for name, exclusive in users if exclusive}
-        pairs = {tuple(sorted((taker, name))) for taker in takers for name, _ in users if name != taker}
-        for first, second in pairs:
+        for first, second in {tuple(sorted((taker, name))) for taker in takers for name, _ in users if name != taker}:
             clashes[first, second, slot].append(place)
-    return [Conflict(first, second, slot, tuple(places)) for (first, second, slot), places in sorted(clashes.items())]
+    found: list[Conflict] = []
+    for (first, second, slot), places in sorted(clashes.items()):
+        conflict = Conflict(first, second, slot, tuple(sorted(places, key=_in_model_order)))
+        # one that takes over blocks takes their recomputation too: say it once
+        if not any((c.first, c.second, c.places) == (first, second, conflict.places) for c in found):
+            found.append(conflict)
+    return found
+
+
+def _in_model_order(place: str) -> list[tuple[int, str]]:
+    return [(int(part) if part.isdigit() else -1, part) for part in place.split(".")]
 
 
 def repeated(transforms: tuple[Transform, ...]) -> list[Conflict]:
