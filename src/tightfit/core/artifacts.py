@@ -125,14 +125,13 @@ def export(applied: Applied, folder: str | os.PathLike) -> None:
         )
     folder = Path(folder)
     state = applied.stock_state_dict()
+    dtype = next((v.dtype for v in state.values() if v.is_floating_point()), None)  # save_pretrained empties `state`
     with _explained(folder), _config_kept(model):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing_folder(folder) as temporary:
             model.save_pretrained(temporary, state_dict=state)
             # it wrote the dtype of a stand-in, where the first parameter has one, and all would be loaded in that
-            dtype = next((v.dtype for v in state.values() if v.is_floating_point()), None)
-            # as text, like save_pretrained itself: a torch.dtype equal to the default is left out of the file
-            model.config.dtype = None if dtype is None else str(dtype).removeprefix("torch.")
+            model.config.dtype = dtype
             model.config.save_pretrained(temporary)
 
 

@@ -22,12 +22,7 @@ class LookupMixin:
     def forward(self, input):
         own = state_of(self, LookupMixin)  # type: ignore[arg-type]
         vocabulary: Vocabulary = own["vocabulary"]
-        if own["parent"]._modules.get(own["attribute"]) is not self:
-            raise UnsupportedModelError(
-                f"PartialEmbedding: the token embedding {own['attribute']!r} was wrapped (adapters or trainable copies "
-                f"on the embedding itself); they would be given rows of the reduced table. Leave the embedding out of "
-                f"the adapter's target modules, or leave PartialEmbedding out of the recipe"
-            )
+        _refuse_wrapped(self)  # type: ignore[arg-type]
         slots = self._buffers[SLOT]  # type: ignore[attr-defined]
         _check_range(input, vocabulary.size)
         rows = slots[input].to(input.dtype)
@@ -51,7 +46,7 @@ class LookupMixin:
             raise vocabulary.unknown_error(missing, f"the batch{why}")
         codec = next(c for c, m, a in vocabulary.tables if m._parameters.get(a) is self.weight)  # type: ignore[attr-defined]
         at = torch.searchsorted(vocabulary.dropped, missing.cpu())
-        fetched = codec.home[at].to(self.weight)  # type: ignore[attr-defined]
+        fetched = codec.home[at].to(self.weight) * codec.decay  # type: ignore[attr-defined]
         extended = rows.clone()
         extended[unknown] = len(vocabulary.ids) + torch.searchsorted(missing, input[unknown]).to(rows.dtype)
         kept = self._parameters["weight"]  # type: ignore[attr-defined]
@@ -60,6 +55,16 @@ class LookupMixin:
             return super().forward(extended)  # type: ignore[misc]
         finally:
             self._parameters["weight"] = kept  # type: ignore[attr-defined]
+
+
+def _refuse_wrapped(module: nn.Module) -> None:
+    own = state_of(module, LookupMixin)
+    if own["parent"]._modules.get(own["attribute"]) is not module:
+        raise UnsupportedModelError(
+            f"PartialEmbedding: the token embedding {own['attribute']!r} was wrapped (adapters or trainable copies "
+            f"on the embedding itself); they would be given rows of the reduced table. Leave the embedding out of "
+            f"the adapter's target modules, or leave PartialEmbedding out of the recipe"
+        )
 
 
 def _check_range(ids: torch.Tensor, size: int) -> None:
@@ -130,6 +135,8 @@ class GuardMixin:
 
     def __call__(self, *args, **kwargs):
         vocabulary: Vocabulary = state_of(self, GuardMixin)["vocabulary"]  # type: ignore[arg-type]
+        for lookup in vocabulary.lookups:  # a copy made by an adapter cannot notice that it is one
+            _refuse_wrapped(lookup)
         if "forward" in self.__dict__ and vocabulary.heads:
             # TRL installs such a forward: it reads the head's weight itself and would take its rows for all of them
             forward = self.__dict__["forward"]
