@@ -183,12 +183,17 @@ def _vocab_size(given: int | None, tokenizer: Any) -> int:
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
+def is_id_field(name: str) -> bool:
+    """Whether a field of a config or generation config holds token ids, alone or in lists."""
+    return name.endswith(("_token_id", "_token_ids", "_token_index")) or name in _GENERATION_LISTS
+
+
 def _config_ids(config: Any, place: str, reasons: dict[int, str]) -> None:
     """Collect the token ids that a config names, and those of the language configs nested in it."""
     if config is None:
         return
     for name, value in vars(config).items():
-        if name.endswith(("_token_id", "_token_ids", "_token_index")) or name in _GENERATION_LISTS:
+        if is_id_field(name):
             for token_id in _integers(value):
                 reasons.setdefault(token_id, f"{place}.{name}")
         elif name == "forced_decoder_ids":
