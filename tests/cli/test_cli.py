@@ -133,7 +133,7 @@ def test_a_wrong_recipe(recipe, tmp_path, command, override, words):
     ("content", "words"),
     [
         (b"", ["train.tsv", "empty"]),
-        (b"text\tlabel\ngood\t1\n", ["train.tsv", "sentence"]),
+        (b"text\tlabel\ngood\t1\nbad\t0\n", ["train.tsv", "sentence"]),
         (b"sentence\tlabel\ngood\t1\nbad\t0\tmore\n", ["train.tsv, line 3", "too many fields"]),
         (b"sentence\tlabel\ngood\t1\nb\xffd\t0\n", ["train.tsv, line 3", "UTF-8"]),
     ],
