@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 
@@ -10,31 +11,42 @@ import torch
 _PREFIX = "tightfit-host-"
 
 
-def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A read-mostly copy of `tensor` on the host, in a mapped temporary file that vanishes with it.
+_BLOCK_BYTES = 2**25
 
+
+def to_host(tensor: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """A read-mostly copy of `tensor`, or of its given rows, on the host, in a mapped temporary file.
+
+    The file vanishes with the copy. Rows are copied in blocks, so that they never stand beside the tensor as a whole.
     Its pages are the page cache's, so the system can drop them under pressure; the allocator does not count them.
     Where no file can be mapped the copy is an ordinary CPU tensor. Meta and fake tensors stay as they are.
     """
     source = tensor.detach()
     if source.is_meta or type(source).__name__ == "FakeTensor":
-        return source
-    if source.numel() == 0:
-        return source.cpu().clone()
+        return source if rows is None else source.index_select(0, rows.to(source.device))
+    shape = source.shape if rows is None else (len(rows), *source.shape[1:])
     try:
-        home = _map_file(source)
+        home = _map_file(shape, source.dtype)
     except (OSError, RuntimeError, AttributeError):  # no space, no mapping, no posix_fallocate
-        return source.cpu().clone()
-    home.copy_(source)
+        home = torch.empty(shape, dtype=source.dtype)
+    if rows is None:
+        return home.copy_(source)
+    block = max(1, _BLOCK_BYTES // max(1, source[:1].nbytes))
+    for start in range(0, len(rows), block):
+        part = rows[start : start + block]
+        home[start : start + block] = source.index_select(0, part.to(source.device))
     return home
 
 
-def _map_file(like: torch.Tensor) -> torch.Tensor:
+def _map_file(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    size = math.prod(shape)
+    if size == 0:
+        return torch.empty(shape, dtype=dtype)
     handle, path = tempfile.mkstemp(prefix=_PREFIX)
     try:
         # reserve the blocks now: writing to a sparse mapping on a full disk kills the process
-        os.posix_fallocate(handle, 0, like.numel() * like.element_size())
-        home = torch.from_file(path, shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
+        os.posix_fallocate(handle, 0, size * dtype.itemsize)
+        home = torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
     finally:
         os.close(handle)
         os.unlink(path)

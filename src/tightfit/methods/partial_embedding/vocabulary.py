@@ -27,7 +27,7 @@ class RowCodec:
 
     def __init__(self, full: torch.Tensor, vocabulary: Vocabulary):
         self.vocabulary = vocabulary
-        self.home = to_host(_rows(full, vocabulary.dropped))
+        self.home = to_host(full, vocabulary.dropped)
         self.decay = 1.0
         vocabulary.codecs.append(self)
 
@@ -154,7 +154,7 @@ class Vocabulary(Part):
         self._set(union)
         into = torch.searchsorted(self.ids, old_ids)
         for (codec, module, attribute), table in zip(self.tables, full):
-            codec.home, codec.decay = to_host(_rows(table, self.dropped)), 1.0
+            codec.home, codec.decay = to_host(table, self.dropped), 1.0
             tensor = _held(module, attribute)
             self._regroup(tensor, into.to(tensor.device), _rows(table, self.ids).to(tensor.device))
         self._refresh()
