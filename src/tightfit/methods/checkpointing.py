@@ -50,6 +50,11 @@ class Checkpointing(Transform):
     def __post_init__(self) -> None:
         check_bool(self, "offload")
 
+    @classmethod
+    def candidates(cls, model: nn.Module) -> Iterator[Checkpointing]:
+        if getattr(model, "supports_gradient_checkpointing", False):
+            yield cls()
+
     def edits(self, model: nn.Module, context: Context) -> Iterator[Edit]:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise UnsupportedModelError(

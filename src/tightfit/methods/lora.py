@@ -81,6 +81,11 @@ class Lora(Transform):
         if mixed:
             raise ValueError(f"Lora({mixed[0]}=..., config=...): give either the fields or a peft config, not both")
 
+    @classmethod
+    def candidates(cls, model: nn.Module) -> Iterator[Lora]:
+        if hfmodel.block_linears(model):
+            yield from (cls(rank=16), cls(rank=4))
+
     def freezes(self, model: nn.Module) -> Iterator[str]:
         head = set(hfmodel.head_parameters(model)) if self.train_head else set()
         return (name for name, _ in model.named_parameters() if name not in head)
@@ -270,22 +275,27 @@ def _merged(layer: Any) -> nn.Module:
     if "modules_to_save" in layer._modules:
         return layer.modules_to_save[ADAPTER]
     twin = _shallow(layer)
-    twin._modules["base_layer"] = _shallow(layer.base_layer, own_parameters=True)
+    for parent in twin.modules():
+        if parent._modules.get("base_layer") is not None:
+            _own_parameters(parent._modules["base_layer"])
     twin.merge(safe_merge=True)
     return twin.get_base_layer()
 
 
-def _shallow(module: nn.Module, own_parameters: bool = False) -> Any:
+def _shallow(module: nn.Module) -> Any:
+    """Other module objects around the same tensors: what merging swaps, lists or caches stays in the copy."""
     twin = copy.copy(module)
-    # peft keeps lists of merged adapters and caches, which must not be shared; what they hold may be
     twin.__dict__ = {k: copy.copy(v) if isinstance(v, dict | list) else v for k, v in vars(module).items()}
-    if own_parameters:
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                twin._parameters[key] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        for key, child in module._modules.items():
-            twin._modules[key] = None if child is None else _shallow(child, own_parameters=True)
+    for key, child in module._modules.items():
+        twin._modules[key] = None if child is None else _shallow(child)
     return twin
+
+
+def _own_parameters(module: nn.Module) -> None:
+    for part in module.modules():
+        for key, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[key] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
 
 
 def _refuse_packed(verb: str, name: str, layer: Any) -> None:
