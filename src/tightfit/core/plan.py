@@ -63,9 +63,8 @@ class Plan:
         if self.conflicts:
             return "\n".join([*lines, "cannot be applied:", *(f"  {c}" for c in self.conflicts)])
         share = 100 * self.trainable_parameters / max(1, self.total_parameters)
-        lines.append(
-            f"{'trainable parameters':<22}{self.trainable_parameters:>12,}  ({share:.1f} % of {self.total_parameters:,})"
-        )
+        of_all = f"({share:.1f} % of {self.total_parameters:,})"
+        lines.append(f"{'trainable parameters':<22}{self.trainable_parameters:>12,}  {of_all}")
         for name in CATEGORIES:
             if self.by_category.get(name):
                 lines.append(f"{name:<22}{mib(self.by_category[name]):>12}")
