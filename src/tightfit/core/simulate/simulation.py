@@ -9,13 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from tightfit.core.simulate import timeline
+from tightfit.core.errors import SimulationError
+from tightfit.core.simulate import cuda, timeline
 from tightfit.core.simulate.batches import example_batch
 from tightfit.core.simulate.extrapolate import extended
 from tightfit.core.simulate.hidden import Hidden, measure_hidden
 from tightfit.core.simulate.step import Loss, StepOptions, trace_step
 from tightfit.core.simulate.timeline import Account, account
 from tightfit.core.simulate.tracker import PHASES
+
+_CUDA_NOTES = (
+    "cuda is modelled: fused attention and dropout kernels, foreach optimizer, sizes rounded to 512 bytes",
+    f"cuBLAS workspace of {cuda.CUBLAS_WORKSPACE_BYTES} bytes is in the peak; the driver's context is not",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +85,22 @@ class Simulation:
     timeline: Timeline
     slack_bytes: int = 0
     notes: tuple[str, ...] = ()
+    _account: Account | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def reserved_bytes(self) -> int:
+        """What torch's CUDA caching allocator reserves for two such steps, cuBLAS workspace included.
+
+        Replayed through a model of the allocator, never checked against a driver. Of an extended stack the ratio of
+        reserved to allocated bytes of the short one is taken.
+        """
+        account = self._account
+        if account is None:
+            raise SimulationError(
+                "reserved_bytes: this simulation was not made by simulate(), so nothing can be replayed"
+            )
+        short = max(timeline.levels(account.trace).total)
+        highest = max(account.levels.total)
+        return round(cuda.replay(account.trace) * highest / short) + cuda.CUBLAS_WORKSPACE_BYTES
 
 
 def simulate(
@@ -141,6 +163,8 @@ def _assemble(found: Account, device: str) -> Simulation:
     if device == "cpu":
         ceiling = [maxima.get(phase, 0) for phase in found.phases]
         unseen = measure_hidden(found.signatures, found.levels.total, ceiling)
+    if device == "cuda":
+        unseen = Hidden(dict.fromkeys(range(len(found.phases)), cuda.CUBLAS_WORKSPACE_BYTES))
     levels = timeline.with_hidden(found.levels, unseen.extra)
     at = timeline.peak(levels)
     counts = found.counts
@@ -168,7 +192,8 @@ def _assemble(found: Account, device: str) -> Simulation:
             at,
         ),
         slack_bytes=unseen.slack_bytes,
-        notes=(*found.notes, *unseen.notes),
+        notes=(*found.notes, *unseen.notes, *(_CUDA_NOTES if device == "cuda" else ())),
+        _account=found,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -61,9 +62,14 @@ def trace_step(
     Raises:
         SimulationError: an operator that has no fake kernel, or a value or shape that depends on data.
     """
+    if options.device not in ("cpu", "cuda"):
+        raise SimulationError(f"device: got {options.device!r}, accepted are 'cpu' and 'cuda'")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     tracker = None
     collecting = gc.isenabled()
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # what it reports is raised below
     try:
         twin = fake_copy(model, mode, lists)
         faker = Faker(mode)
@@ -81,15 +87,18 @@ def trace_step(
                 _run(twin.model, inputs, optimizer, tracker, options)
             if optimizer is not None:
                 tracker.move_to_start(_state(optimizer), "optimizer")
-            trace = dataclasses.replace(tracker.trace, events=list(tracker.trace.events))  # the copy dies after this
     except TightfitError:
         raise
     except Exception as error:
         raise _explained(error, model, tracker) from error
     finally:
+        if tracker is not None:
+            tracker.close()
         if collecting:
             gc.enable()
-    return trace, tracker.counts
+        log.setLevel(level)
+    trace = tracker.trace
+    return (cuda.on_device(trace) if options.device == "cuda" else trace), tracker.counts
 
 
 def _run(model, inputs, optimizer, tracker: Tracker, options: StepOptions) -> None:
@@ -214,7 +223,7 @@ def _explained(error: Exception, model: nn.Module, tracker: Tracker | None) -> S
         "DynamicOutputShapeException": "the shape of its output depends on a tensor's values",
         "UnsupportedOperatorException": "it has no fake kernel (torch.library.register_fake)",
     }
-    reason = reasons.get(type(error).__name__, f"{type(error).__name__}: {error}")
+    reason = reasons.get(type(error).__name__, f"{type(error).__name__}: {str(error).rstrip(' .')}")
     return SimulationError(
         f"{name}: the training step cannot be simulated at {operator} in {place}: {reason}. "
         f"Measure a real step instead (tightfit.measure), or remove that operator"

@@ -82,6 +82,13 @@ class Tracker(TorchDispatchMode):
         self.phase = phase
         self.trace.marks.append((phase, len(self.trace.events)))
 
+    def close(self) -> None:
+        """Stop watching: what dies from now on is no part of the step.
+
+        Watched storages must not be left to the cyclic collector: callbacks from inside a collection crash torch.
+        """
+        self._storages.clear()
+
     # -- storages ---------------------------------------------------------------------------------------------
 
     def storage_id(self, tensor: torch.Tensor) -> int | None:

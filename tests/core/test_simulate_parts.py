@@ -1,0 +1,280 @@
+"""The pieces of the simulation: real values, errors, categories, extension of short stacks, hidden bytes, CUDA."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from tightfit.core.errors import SimulationError
+from tightfit.core.simulate import example_batch, simulate
+from tightfit.core.simulate.cuda import CachingAllocator, rounded
+from tightfit.core.simulate.hidden import Signature, Spec, run_alone, smaller
+
+
+def llama(blocks, **settings):
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 200, **settings}
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(num_hidden_layers=blocks, **sizes))
+
+
+def t5(blocks):
+    config = T5Config(
+        d_model=32, d_kv=16, d_ff=64, num_layers=blocks, num_heads=2, vocab_size=200, decoder_start_token_id=0
+    )
+    with torch.device("meta"):
+        return T5ForConditionalGeneration(config)
+
+
+class Wrapped(nn.Module):
+    """A body whose sum is the loss."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x, **extra):
+        return self.body(x, **extra).sum()
+
+
+def loss_of(out):
+    return out
+
+
+# -- extension of short stacks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make, options",
+    [(llama, {"optimizer": "adamw-foreach"}), (t5, {})],
+    ids=["decoder, foreach", "encoder-decoder, loop"],
+)
+def test_short_stacks_extend_to_the_whole_one_to_the_byte(make, options):
+    model = make(6)
+    full = simulate(model, (2, 16), extrapolate=False, **options)
+    short = simulate(model, (2, 16), extrapolate=True, **options)
+    assert "extended" in short.notes[0] and not full.notes
+    assert short.peak_bytes == full.peak_bytes
+    assert short.phases == full.phases
+    assert short.by_category == full.by_category
+    assert short.saved_by_module == full.saved_by_module
+    assert (short.flops, short.operators) == (full.flops, full.operators)
+    assert (short.peak_phase, short.peak_module) == (full.peak_phase, full.peak_module)
+
+
+def test_blocks_that_differ_are_simulated_in_full():
+    model = llama(8)
+    model.model.layers[4].mlp.gate_proj.weight.requires_grad_(False)
+    found = simulate(model, (2, 16), extrapolate=True)
+    assert not found.notes
+    assert found.peak_bytes == simulate(model, (2, 16), extrapolate=False).peak_bytes
+
+
+# -- copies ----------------------------------------------------------------------------------------------------------
+
+
+def test_tied_weights_and_views_of_one_storage_are_counted_once():
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            flat = torch.zeros(2, 64, 64)
+            self.first, self.second = nn.Parameter(flat[0]), nn.Parameter(flat[1])
+            self.again = self.first
+            self.cache = [torch.zeros(10)]
+
+        def forward(self, x):
+            return (x @ self.first @ self.second @ self.again).sum()
+
+    found = simulate(Views(), {"x": torch.zeros(2, 64)}, loss=loss_of, optimizer="sgd")
+    assert found.by_category["weights"] == 2 * 64 * 64 * 4 + 40
+    assert found.static_bytes == found.by_category["weights"] + 2 * 64 * 4
+
+
+def test_state_outside_the_module_tables_is_copied_too():
+    class Counting(nn.Linear):
+        def forward(self, x):
+            self.__dict__["_seen"] += 1
+            return super().forward(x)
+
+    body = Counting(4, 4)
+    body.__dict__["_seen"] = torch.zeros((), dtype=torch.long)
+    simulate(Wrapped(body), {"x": torch.zeros(2, 4)}, loss=loss_of)
+    assert body.__dict__["_seen"].item() == 0
+
+
+# -- real values -----------------------------------------------------------------------------------------------------
+
+
+def test_decisions_on_batch_values_follow_the_batch():
+    class Choosing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x, keep):
+            rows = self.linear(x)[keep]  # the shape depends on the values
+            return rows.exp().sum() if bool(keep.all()) else rows.exp().exp().exp().sum()
+
+    batch = {"x": torch.zeros(100, 64), "keep": torch.ones(100, dtype=torch.bool)}
+    every = simulate(Choosing(), batch, loss=loss_of)
+    some = simulate(Choosing(), {**batch, "keep": torch.arange(100) < 50}, loss=loss_of)
+    row = 64 * 4
+    # exponentials are kept for backward: one of all rows, or three of half of them
+    assert every.saved_by_module[""] == 100 * row
+    assert some.saved_by_module[""] == 3 * 50 * row
+
+
+def test_a_batch_with_padding_builds_a_mask_that_one_without_does_not():
+    model = llama(2)
+    padded = simulate(model, example_batch(model, 4, 64, padded=True))
+    full = simulate(model, example_batch(model, 4, 64, padded=False))
+    assert padded.saved_bytes > full.saved_bytes
+
+
+# -- the step --------------------------------------------------------------------------------------------------------
+
+
+def test_checkpointing_has_its_own_phase_and_saves_less():
+    config = GPT2Config(n_embd=32, n_layer=4, n_head=2, vocab_size=200, use_cache=False)
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    plain = simulate(model, (4, 64))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again = simulate(model, (4, 64))
+    assert "recompute" in again.phases and "recompute" not in plain.phases
+    assert again.saved_bytes < plain.saved_bytes / 2
+    assert sum(again.flops.values()) > sum(plain.flops.values())
+
+
+def test_parameters_without_gradient_get_no_state():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(8, 8), nn.Linear(8, 800)
+
+        def forward(self, x):
+            return self.used(x).sum()
+
+    for optimizer in ("adamw", torch.optim.AdamW):
+        found = simulate(Unused(), {"x": torch.zeros(2, 8)}, loss=loss_of, optimizer=optimizer)
+        assert found.by_category["optimizer"] == 2 * (8 * 8 + 8) * 4 + 2 * 4
+
+
+def test_a_named_optimizer_is_as_warm_as_one_that_stepped_before():
+    model = llama(2)
+    named = simulate(model, (2, 16), optimizer="adamw")
+    given = simulate(model, (2, 16), optimizer=lambda parameters: torch.optim.AdamW(parameters, foreach=False))
+    assert (named.peak_bytes, named.static_bytes) == (given.peak_bytes, given.static_bytes)
+
+
+def test_accumulation_keeps_gradients_through_the_second_forward():
+    model = llama(2)
+    once, twice = simulate(model, (2, 16)), simulate(model, (2, 16), accumulate=2)
+    trainable = sum(p.numel() * 4 for p in model.parameters())
+    assert twice.phases["forward"] - once.phases["forward"] == trainable + 4  # and the first loss
+
+
+def test_a_forward_without_training_keeps_nothing():
+    found = simulate(llama(2), (2, 16), train=False)
+    assert list(found.phases) == ["forward"] and found.saved_bytes == 0
+    assert found.by_category["optimizer"] == 0
+
+
+def test_an_operator_without_fake_kernel_is_named():
+    library = torch.library.Library("tightfit_test", "DEF")
+    library.define("opaque(Tensor x) -> Tensor")
+    library.impl("opaque", lambda x: x.clone(), "CPU")
+
+    class Opaque(nn.Module):
+        def forward(self, x):
+            return torch.ops.tightfit_test.opaque(x)
+
+    with pytest.raises(SimulationError, match=r"opaque.*module body\.1"):
+        model = Wrapped(nn.Sequential(nn.Linear(4, 4), Opaque()))
+        simulate(model, {"x": torch.zeros(2, 4)}, loss=loss_of)
+
+
+def test_shapes_that_do_not_fit_are_the_simulations_error():
+    with pytest.raises(SimulationError, match=r"addmm.*module body.*reduction dim"):
+        simulate(Wrapped(nn.Linear(4, 4)), {"x": torch.zeros(2, 5)}, loss=loss_of)
+
+
+# -- kernel-internal memory ------------------------------------------------------------------------------------------
+
+
+def test_operands_copied_to_a_common_type_are_found():
+    left, right = Spec((64, 64), (64, 1), torch.bfloat16), Spec((64, 64), (64, 1), torch.float32)
+    mixed = Signature(torch.ops.aten.mul.Tensor, (left, right), ())
+    sizes, skipped = run_alone([mixed])
+    assert sizes[mixed] == 64 * 64 * 4 and not skipped
+
+
+def test_a_large_half_precision_product_follows_from_small_ones(monkeypatch):
+    def product(rows, inner, columns):
+        left = Spec((rows, inner), (inner, 1), torch.bfloat16)
+        right = Spec((inner, columns), (1, inner), torch.bfloat16)
+        return Signature(torch.ops.aten.mm.default, (left, right), ())
+
+    large = product(200, 160, 300)
+    assert [f.specs()[0].shape for f in smaller(large)] == [(32, 64), (64, 64), (32, 128)]
+    direct, _ = run_alone([large])
+    monkeypatch.setattr("tightfit.core.simulate.hidden._is_small", lambda found: found is not large)
+    followed, _ = run_alone([large])
+    assert followed[large] == pytest.approx(direct[large], rel=1e-3, abs=256)
+
+
+# -- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+def test_cuda_keeps_boolean_dropout_masks_and_rounds_sizes():
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=200, use_cache=False)
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    cpu, cuda = simulate(model, (4, 64)), simulate(model, (4, 64), device="cuda")
+    assert cuda.saved_bytes < cpu.saved_bytes
+    assert all(size % 512 == 0 for name, size in cuda.by_category.items())
+    assert any("modelled" in note for note in cuda.notes)
+    assert cuda.reserved_bytes() > cuda.peak_bytes
+    assert torch.nn.functional.dropout is not None and cpu.peak_bytes == simulate(model, (4, 64)).peak_bytes
+
+
+def test_the_caching_allocator_reuses_and_merges_blocks():
+    allocator = CachingAllocator()
+    small = [allocator.allocate(300_000) for _ in range(6)]
+    assert allocator.reserved == 2 << 20
+    large = allocator.allocate(30 << 20)
+    assert allocator.reserved == 32 << 20
+    allocator.free(large)
+    parts = [allocator.allocate(15 << 20), allocator.allocate(15 << 20)]
+    assert allocator.reserved == 32 << 20 and parts[1] - parts[0] == 15 << 20
+    for block in parts:
+        allocator.free(block)
+    assert allocator.allocate(30 << 20) == large
+    for block in reversed(small):
+        allocator.free(block)
+    assert allocator.allocate(1 << 20) == small[0]
+    assert allocator.reserved == 32 << 20
+    assert rounded(1) == 512 and rounded(512) == 512
+
+
+def test_an_example_batch_leaves_the_random_state_alone():
+    state = torch.get_rng_state()
+    example_batch(llama(1), 2, 8)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_simulation_works_on_a_deep_copied_model_with_hooks():
+    model = llama(2)
+    twin = copy.deepcopy(model)
+    seen = []
+    twin.model.layers[0].register_forward_hook(lambda *a: seen.append(1))
+    assert simulate(twin, (2, 16)).peak_bytes == simulate(model, (2, 16)).peak_bytes
+    assert seen
