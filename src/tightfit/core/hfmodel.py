@@ -22,7 +22,7 @@ def stock_module(model: nn.Module, name: str) -> nn.Module:
     """The module of that stock name, looking through adapter layers that have taken its place since."""
     module = model
     for part in filter(None, name.split(".")):
-        module = unwrapped(module).get_submodule(part)
+        module = (module if part in module._modules else unwrapped(module)).get_submodule(part)
     return unwrapped(module)
 
 

@@ -93,17 +93,17 @@ class CheckpointEdit(Edit):
 class _CheckpointHandle(Handle):
     def __init__(self, model: Any):
         self.state = [(module, _own(module)) for module in model.modules()]
-        hooks = list(vars(model).get("_require_grads_hooks", []))
         try:
             _enable(model)
         except BaseException:
             self.undo(model)
             raise
         # transformers makes the embeddings' outputs require gradients, which only reentrant checkpointing needs
-        for hook in vars(model).get("_require_grads_hooks", []):
-            if hook not in hooks:
-                hook.remove()
-        _restore(model, dict(self.state)[model], _HOOKS)
+        for module, before in self.state:
+            for hook in vars(module).get("_require_grads_hooks", []):
+                if hook not in before.get("_require_grads_hooks", []):
+                    hook.remove()
+            _restore(module, before, _HOOKS)
 
     def undo(self, model: nn.Module) -> None:
         for module, before in self.state:
