@@ -278,3 +278,23 @@ def test_simulation_works_on_a_deep_copied_model_with_hooks():
     twin.model.layers[0].register_forward_hook(lambda *a: seen.append(1))
     assert simulate(twin, (2, 16)).peak_bytes == simulate(model, (2, 16)).peak_bytes
     assert seen
+
+
+def test_edits_that_know_their_place_in_the_stack_are_not_extended():
+    from tightfit.core.simulate.extrapolate import like_stacks
+    from tightfit.core.tight import tighten
+
+    class Mixin:
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    def edited(state):
+        model = llama(8)
+        for i, block in enumerate(model.model.layers):
+            tighten(block.mlp, Mixin, state(i))
+        return model
+
+    assert like_stacks(llama(8)).period == 1
+    assert like_stacks(edited(lambda i: {"budget": 0.3, "index": i})).period == 1
+    assert like_stacks(edited(lambda i: {"budget": 0.3 if i != 4 else 0.5})) is None
+    assert like_stacks(edited(lambda i: {"shared": object()})) is None

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from tightfit.core import hfmodel
@@ -23,6 +24,7 @@ from tightfit.core.simulate.counts import Counts
 from tightfit.core.simulate.step import StepOptions, trace_step
 from tightfit.core.simulate.timeline import CATEGORIES, Account, Levels, account, phase_maxima
 from tightfit.core.simulate.tracker import OPTIMIZER
+from tightfit.core.tight import _LAYERS
 
 Key = tuple[Any, ...]
 _TEMPORARY = CATEGORIES.index("temporary")
@@ -69,7 +71,10 @@ def like_stacks(model: nn.Module) -> Stacks | None:
     if not found or len({len(stack) for stack in found}) != 1:
         return None
     length = len(found[0])
-    looks = [tuple(_look(model.get_submodule(stack[i])) for stack in found) for i in range(length)]
+    try:
+        looks = [tuple(_look(model.get_submodule(stack[i])) for stack in found) for i in range(length)]
+    except _Opaque:
+        return None
     for period in range(1, length // 4 + 1):
         if all(looks[i] == looks[i + period] for i in range(1, length - period - 1)):
             return Stacks([stack[0].rsplit(".", 1)[0] for stack in found], length, period)
@@ -77,18 +82,46 @@ def like_stacks(model: nn.Module) -> Stacks | None:
 
 
 def _look(block: nn.Module) -> Key:
-    """What makes two blocks alike: classes, plain settings, and the form of their tensors."""
+    """What makes two blocks alike: classes, plain settings (those of our edits too), and the form of their tensors.
+
+    Raises:
+        _Opaque: an edit keeps something on the block that may single out its place in the stack.
+    """
     parts: list[Any] = []
     for name, module in block.named_modules():
-        settings = {
-            key: value
-            for key, value in vars(module).items()
-            if isinstance(value, (bool, int, float, str)) and not any(w in key for w in ("idx", "index", "layer_id"))
-        }
+        own = vars(module)
+        settings = {key: value for key, value in own.items() if isinstance(value, _PLAIN) and not _is_place(key)}
         parts.append((name, type(module), tuple(sorted(settings.items(), key=str))))
+        for mixin, state in own.get(_LAYERS, {}).items():
+            parts.append((name, mixin, _state(state)))
     for name, tensor in (*block.named_parameters(), *block.named_buffers()):
         parts.append((name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad))
     return tuple(parts)
+
+
+class _Opaque(Exception):
+    """A block that cannot be compared with others."""
+
+
+_PLAIN = (bool, int, float, str)
+
+
+def _state(value: Any) -> Any:
+    if value is None or isinstance(value, (*_PLAIN, type, torch.dtype)):
+        return value
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple(_state(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((str(key), _state(item)) for key, item in value.items() if not _is_place(key))
+    if dataclasses.is_dataclass(value):
+        return type(value), _state(vars(value))
+    raise _Opaque
+
+
+def _is_place(key: Any) -> bool:
+    return any(word in str(key) for word in ("idx", "index", "layer_id"))
 
 
 def _short(model, batch, options: StepOptions, stacks: Stacks, depth: int) -> Account:
