@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 import subprocess
 import sys
 
@@ -248,3 +249,28 @@ def test_a_process_that_is_killed_or_interrupted(folder, tmp_path, name, code, n
     whole = train(recipe_file(folder, [], tmp_path / "whole", save_every=3))
     train(recipe_file(folder, [], tmp_path / "cut", save_every=3), resume=True)
     assert same(weights(whole.output), weights(tmp_path / "cut"))
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run_and_resume_it(folder, tmp_path):
+    from tightfit.train.recipe_file import read_recipe_file, write_recipe_file
+
+    write_recipe_file(recipe_file(folder, [], tmp_path / "run", save_every=2), tmp_path / "recipe.yaml")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "tightfit", "train", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    first = weights(tmp_path / "run")
+    rows = read_metrics(tmp_path / "run")
+    assert [r["step"] for r in rows if "eval_loss" in r] == [3, 6]  # 40 rows, 2 x 8 a step, two epochs
+    assert all(0.5 < r["eval_loss"] < 0.9 for r in rows if "eval_loss" in r)  # ln 2, not twice that
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-6")
+    known = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**known, "result": None}))
+    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0 and "checkpoint-4" in again.stderr, again.stderr
+    assert same(first, weights(tmp_path / "run"))
+    with pytest.raises(RecipeError, match="written by 2 processes"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-6")
+        (tmp_path / "run" / "run.json").write_text(json.dumps({**known, "result": None}))
+        train(read_recipe_file(tmp_path / "recipe.yaml"), resume=True)

@@ -107,6 +107,21 @@ def test_one_seed_one_result_another_seed_another(folder, tmp_path):
     assert equal == [True, True, False]
 
 
+def test_accumulated_steps_are_the_steps_of_the_whole_batch(tmp_path):
+    """transformers leaves out the division for models that accept `num_items_in_batch` and ignore it."""
+    folder = project(tmp_path)
+    config = json.loads((folder / "model" / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    options = {"optimizer": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "epochs": 1}
+    whole = train(recipe_file(folder, [], "whole", **options))
+    parts = train(recipe_file(folder, [], "parts", batch_size=4, gradient_accumulation=2, **options))
+    one, other = (load_file(run.output / "tightfit.safetensors") for run in (whole, parts))
+    assert whole.steps == parts.steps == 5
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
+
+
 def test_evaluation_leaves_the_random_state_alone(folder, tmp_path):
     often = train(recipe_file(folder, [], tmp_path / "often", eval_every=1))
     seldom = train(recipe_file(folder, [], tmp_path / "seldom"))

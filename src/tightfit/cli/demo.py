@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tightfit.cli.commands import check_new, quiet, say, show_comparison
 
-ROWS, EVAL_ROWS = 1600, 400
+ROWS, EVAL_ROWS = 1280, 400
 RECIPES = ("stock", "partial-embedding", "checkpointing", "partial-embedding+checkpointing", "lora")
 LORA_RATE = 3e-3  # adapters start at zero and need a higher rate than the weights themselves
 

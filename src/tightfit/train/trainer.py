@@ -18,6 +18,7 @@ from transformers.trainer_callback import TrainerState
 
 from tightfit.core.errors import RecipeError, TrainingError
 from tightfit.train import checkpoints
+from tightfit.train.data import longest_batch
 from tightfit.train.tasks import metrics_for, preprocess_logits_for
 
 if TYPE_CHECKING:
@@ -162,9 +163,29 @@ def build_trainer(
             "use tightfit.apply in your own script"
         )
     trainer.applied = applied
+    if trainer.model_accepts_loss_kwargs:
+        trainer.model_accepts_loss_kwargs = counts_items(applied.model, data, trainer.args.device)
     for chatty in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(chatty)
     return trainer
+
+
+def counts_items(model: Any, data: TaskData, device: torch.device) -> bool:
+    """Whether the model's loss divides by `num_items_in_batch`, found by asking it twice.
+
+    The Trainer takes it from the signature, but BERT's classifiers, T5 and others accept the argument and ignore
+    it; then accumulated and data-parallel gradients come out too large by as many times as there are parts.
+    """
+    batch = {k: v.to(device) for k, v in longest_batch(data, 1).items() if torch.is_tensor(v)}
+    before, was_training = checkpoints.random_state(), model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            losses = [float(model(**batch, num_items_in_batch=torch.tensor(n, device=device)).loss) for n in (1, 64)]
+    finally:
+        model.train(was_training)
+        checkpoints.set_random_state(before)
+    return losses[0] != losses[1]
 
 
 def trainer_state(checkpoint: Path) -> TrainerState:
