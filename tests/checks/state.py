@@ -78,5 +78,5 @@ def train(model, optimizer, batch, steps):
         loss = model(**batch).loss
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
