@@ -41,6 +41,7 @@ DEFAULTS = {
     "accumulate": 1,
     "head": "default",
     "vocabulary": None,
+    "recipe": None,
 }
 
 
@@ -80,6 +81,12 @@ def configurations() -> dict[str, dict]:
     add("bert", blocks=6, width=768, batch=4, optimizer="adamw-foreach")
     add("bert", blocks=12, width=768, batch=8, dropout=False, optimizer="sgd")
     add("gpt2", blocks=6, width=768, batch=2, length=256)
+    # our own methods
+    for family in ("bert", "gpt2", "llama", "t5"):
+        add(family, recipe="partial-embedding", batch=8)
+        add(family, recipe="partial-embedding+checkpointing", batch=8, clip=1.0)
+        add(family, recipe="partial-embedding+lora", dtype="bfloat16")
+    add("bert", recipe="lora+checkpointing", batch=8)
     return rows
 
 
@@ -170,6 +177,18 @@ def build(c: dict):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if c["lora"]:
             model.enable_input_require_grads()
+    if c["recipe"]:
+        import tightfit
+
+        special = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        found = {getattr(model.config, name, None) for name in special}
+        kept = {*range(1100), *(i for i in found if isinstance(i, int))}  # the example batch stays below 1100
+        known = {
+            "partial-embedding": tightfit.PartialEmbedding(ids=sorted(kept)),
+            "lora": tightfit.Lora(),
+            "checkpointing": tightfit.Checkpointing(),
+        }
+        model = tightfit.apply(model, tightfit.chain(*(known[name] for name in c["recipe"].split("+")))).model
     return model.train()
 
 
@@ -351,7 +370,8 @@ def main() -> None:
             row = results[name]
             print(f"{row['error'] * 100:+9.4f} % {row['step_error'] * 100:+9.4f} %  {name}", flush=True)
         else:
-            results[name] = {"config": settings, "failure": done.stderr.strip().splitlines()[-1:]}
+            last = done.stderr.strip().splitlines()[-1:]
+            results[name] = {"config": settings, "failure": f"exit code {done.returncode} {' '.join(last)}"}
             print(f"FAILED  {name}: {results[name]['failure']}", flush=True)
         store(results)
     for name, row in sorted(results.items(), key=lambda item: -abs(item[1].get("error", 0)))[: options.worst]:

@@ -298,3 +298,59 @@ def test_edits_that_know_their_place_in_the_stack_are_not_extended():
     assert like_stacks(edited(lambda i: {"budget": 0.3, "index": i})).period == 1
     assert like_stacks(edited(lambda i: {"budget": 0.3 if i != 4 else 0.5})) is None
     assert like_stacks(edited(lambda i: {"shared": object()})) is None
+
+
+class Shared:
+    """State that copies of a model share."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def __deepcopy__(self, memo):
+        return Shared(self.table)
+
+
+@pytest.mark.parametrize("device, counted", [("cpu", 64 * 8 * 4), ("meta", 0)])
+def test_state_that_copies_share_is_never_an_allocation_of_the_step(device, counted):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8, bias=False)
+            self.store = Shared(torch.zeros(64, 8, device=device))
+
+        def forward(self, x):
+            return (self.linear(x) * self.store.table[:4]).sum()
+
+    found = simulate(Reads(), {"x": torch.zeros(4, 8)}, loss=loss_of, optimizer="sgd")
+    assert found.by_category["weights"] == 8 * 8 * 4 + counted
+    assert found.saved_by_module.get("", 0) == 0  # the view of the table is no memory of its own
+    assert found.phases["forward"] == found.static_bytes + 2 * 4 * 8 * 4
+
+
+def test_outputs_of_other_tensor_classes_are_not_looked_into():
+    class Lazy(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.grad_fn.__get__:
+                raise AssertionError("the simulation looked")
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise AssertionError("the simulation computed")
+
+    class Returns(nn.Module):
+        def forward(self, x):
+            return torch.Tensor._make_wrapper_subclass(Lazy, x.shape, dtype=x.dtype, device=x.device)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.lazy = nn.Linear(4, 4), Returns()
+
+        def forward(self, x):
+            hidden = self.linear(x)
+            self.lazy(hidden)
+            return hidden.sum()
+
+    assert simulate(Model(), {"x": torch.zeros(2, 4)}, loss=loss_of).peak_bytes > 0

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 _MARK = "tightfit.module"
@@ -70,7 +71,8 @@ class Attribution:
                 self._mark(item, name)
 
     def _mark(self, tensor, name: str) -> None:
-        node = tensor.grad_fn if isinstance(tensor, torch.Tensor) else None
+        # other subclasses may answer by computing what they stand for
+        node = tensor.grad_fn if isinstance(tensor, FakeTensor) else None
         if node is None or _MARK in node.metadata:
             return
         node.metadata[_MARK] = name

@@ -13,12 +13,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -165,7 +166,34 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode, lists: dict[int, list[nn.M
             (host if _is_host_file(source) else held).append(fake)
         elif not isinstance(source, nn.Parameter) or lists is None:
             (host if source.is_meta or _is_host_file(source) else held).append(fake)
+    for source in shared_tensors(twin):
+        # the mode makes one fake storage for a real one and remembers it, so views made later are known
+        (host if _is_host_file(source) else held).append(mode.from_tensor(source.detach()))
     return FakeCopy(twin, held, host)
+
+
+def shared_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """Real tensors that a copied model still refers to: state whose owner shares it between copies."""
+    found: dict[int, torch.Tensor] = {}
+    seen: set[int] = set()
+    rest: list[Any] = [model]
+    while rest:
+        item = rest.pop()
+        if id(item) in seen or isinstance(item, (str, bytes, int, float, type, FakeTensor)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            if not item.is_meta and item.layout == torch.strided:
+                found[item.untyped_storage()._cdata] = item
+        elif isinstance(item, dict):
+            rest.extend(item.values())
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            rest.extend(item)
+        elif isinstance(getattr(item, "__dict__", None), dict) and not (
+            inspect.isroutine(item) or inspect.ismodule(item)
+        ):
+            rest.append(vars(item))
+    return list(found.values())
 
 
 def _is_host_file(source: torch.Tensor) -> bool:

@@ -74,9 +74,8 @@ def trace_step(
         twin = fake_copy(model, mode, lists)
         faker = Faker(mode)
         inputs = {key: faker(t) if isinstance(t, torch.Tensor) else t for key, t in batch.items()}
-        del faker
         twin.model.train(options.train)
-        tracker = Tracker(Attribution(twin.model))
+        tracker = Tracker(Attribution(twin.model), faker)
         tracker.static(twin.weights, "weights")
         tracker.ignore(twin.host)
         tracker.static((t for t in inputs.values() if isinstance(t, torch.Tensor)), "activations")

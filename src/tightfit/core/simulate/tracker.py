@@ -13,6 +13,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tightfit.core.simulate import counts, hidden
@@ -20,6 +21,7 @@ from tightfit.core.simulate.attribution import Attribution
 from tightfit.core.simulate.shadow import (
     SCALAR_BYTES,
     VALUE_LIMIT_BYTES,
+    Faker,
     is_small_value,
     real_mode,
     set_value,
@@ -67,9 +69,10 @@ class Tracker(TorchDispatchMode):
     Enter it inside the fake mode. `count_saved()` is a context for the forward pass.
     """
 
-    def __init__(self, attribution: Attribution):
+    def __init__(self, attribution: Attribution, faker: Faker):
         super().__init__()
         self.attribution = attribution
+        self.faker = faker
         self.trace = Trace()
         self.counts = counts.Counts()
         self.failed: tuple[str, str] | None = None
@@ -191,6 +194,9 @@ class Tracker(TorchDispatchMode):
             return func(*args, **kwargs)
         facts = counts.facts(func)
         inputs = _tensors(args, kwargs)
+        if any(type(t) is not FakeTensor and t.is_meta for t in inputs):
+            args, kwargs = self._on_cpu(args), self._on_cpu(kwargs)
+            inputs = _tensors(args, kwargs)
         if facts.reads_value and inputs:
             value = value_of(inputs[0])
             if value is not None:
@@ -214,6 +220,18 @@ class Tracker(TorchDispatchMode):
         if facts.writes or (outputs and not facts.random):
             self._follow(func, facts, args, kwargs, inputs, outputs)
         return out
+
+    def _on_cpu(self, item):
+        """A skeleton's state that its owner shares between copies is still on `meta`: a host store in the model."""
+        if isinstance(item, torch.Tensor):
+            if type(item) is FakeTensor or not item.is_meta:
+                return item
+            twin = self.faker(item)
+            self.ignore([twin])
+            return twin
+        if isinstance(item, (list, tuple)):
+            return type(item)(self._on_cpu(i) for i in item)
+        return {key: self._on_cpu(i) for key, i in item.items()} if isinstance(item, dict) else item
 
     def _record(self, number, func, facts, args, kwargs, inputs, outputs) -> None:
         storages = self._storages
