@@ -142,7 +142,7 @@ def simulate(
         >>> with torch.device("meta"):
         ...     model = BertForSequenceClassification(BertConfig(num_hidden_layers=2))
         >>> simulate(model, (16, 128)).peak_phase
-        'optimizer'
+        'backward'
     """
     if isinstance(batch, tuple):
         batch = example_batch(model, *batch)
