@@ -89,10 +89,10 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
     assert torch.equal(applied.remove().get_input_embeddings().weight, table(stock))
 
 
-@pytest.mark.parametrize("family", ["llama", "bart"])
-@pytest.mark.parametrize(
-    "settings", [{}, {"label_smoothing_factor": 0.1}, {"bf16": True}], ids=["plain", "smooth", "bf16"]
-)
+SETTINGS = [("llama", {}), ("bart", {"label_smoothing_factor": 0.1}), ("gpt2", {"bf16": True})]
+
+
+@pytest.mark.parametrize(("family", "settings"), SETTINGS, ids=["plain", "smooth", "bf16"])
 def test_the_trainer_on_a_language_model(family, settings, tmp_path):
     settings = {"num_train_epochs": 1, "save_strategy": "no", "gradient_accumulation_steps": 2} | settings
     stock, applied = pair(family, dropout=0.0, head="full")
