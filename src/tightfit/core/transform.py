@@ -76,6 +76,14 @@ class Transform:
         """Names of the stock parameters that will not train under this transform."""
         return ()
 
+    @classmethod
+    def candidates(cls, model: torch.nn.Module) -> Iterable[Transform]:
+        """Values worth trying on this model when a recipe is searched for, the one that gives up least first.
+
+        A later value is tried only where an earlier one does not fit the budget. None by default.
+        """
+        return ()
+
     def is_exact(self) -> bool:
         """Whether this very value keeps the gradients exact; a field may give up what the class promises."""
         return self.exact

@@ -1,0 +1,73 @@
+"""Memory budgets: "8GiB", "500 MB" or a number of bytes."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from tightfit.core.errors import BudgetError
+
+UNITS = {
+    "B": 1,
+    **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)},
+    **{f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", start=1)},
+}
+_BY_LOWER = {unit.lower(): factor for unit, factor in UNITS.items()}
+_TEXT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_ACCEPTED = "an int number of bytes, or a text such as '8GiB' or '500 MB'"
+
+
+def parse_budget(budget: str | int, *, device: str = "cpu", elsewhere: bool = False) -> int:
+    """A memory budget in bytes.
+
+    Args:
+        budget: a number of bytes, or a number with a unit: KiB, MiB, GiB, TiB are powers of 1024; KB, MB, GB, TB
+            powers of 1000.
+        device: whose memory bounds the budget, "cpu" or "cuda".
+        elsewhere: the budget is meant for another machine, so this one's memory does not bound it.
+
+    Raises:
+        BudgetError: no unit, an unknown one, zero, negative, not a number, or above the memory of the machine.
+
+    Example:
+        >>> parse_budget("1.5 GiB"), parse_budget("500MB"), parse_budget(4096)
+        (1610612736, 500000000, 4096)
+    """
+    count = _bytes(budget)
+    if count <= 0:
+        raise BudgetError(f"budget: got {budget!r}, accepted is more than zero: {_ACCEPTED}")
+    limit = None if elsewhere else machine_bytes(device)
+    if limit is not None and count > limit:
+        raise BudgetError(
+            f"budget: got {budget!r} ({count:,} bytes), but the {device} of this machine has {limit / 2**30:.1f} GiB; "
+            f"give at most that, or elsewhere=True to plan for another machine"
+        )
+    return count
+
+
+def _bytes(budget: str | int) -> int:
+    if isinstance(budget, bool) or not isinstance(budget, str | int):
+        raise BudgetError(f"budget: got {budget!r} ({type(budget).__name__}), accepted is {_ACCEPTED}")
+    if isinstance(budget, int):
+        return budget
+    match = _TEXT.fullmatch(budget)
+    if match is None:
+        raise BudgetError(f"budget: got {budget!r}, accepted is {_ACCEPTED}")
+    number, unit = match.groups()
+    if not unit:
+        raise BudgetError(f"budget: got {budget!r} without a unit; write '{number}GiB' or '{number}MiB', say")
+    if unit.lower() not in _BY_LOWER:
+        raise BudgetError(f"budget: got {budget!r} with the unit {unit!r}, accepted are {', '.join(UNITS)}")
+    return round(float(number) * _BY_LOWER[unit.lower()])
+
+
+def machine_bytes(device: str = "cpu") -> int | None:
+    """Memory of this machine's CPU side or GPU in bytes; None where it cannot be told (a GPU that is not here)."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else None
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
