@@ -46,7 +46,7 @@ class HeadSource:
         return HeadRows(head.weight, getattr(head, "bias", None))  # type: ignore[arg-type]
 
     def width(self, head: nn.Module) -> int:
-        return head.weight.shape[0]  # type: ignore[union-attr]
+        return head.weight.shape[0]  # type: ignore[index, return-value, union-attr]
 
     def logits(self, head: nn.Module, hidden: torch.Tensor, stock) -> torch.Tensor:
         """The real logits (..., V); `stock` is the head's own forward."""
@@ -170,7 +170,7 @@ class DeferredLogits(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         return func(*_real(args), **_real(kwargs or {}))
 
 
@@ -323,7 +323,7 @@ def _cross_entropy(
     rows = source.rows(head)
     source.observe(head, logits._hidden, target, scaling)
     bias, frozen_bias = _shifted(rows, scaling.shift)
-    loss = linear_cross_entropy(
+    loss: Any = linear_cross_entropy(
         logits._hidden,
         rows.weight,
         source.targets(head, target, ignore_index),
@@ -376,7 +376,7 @@ _METADATA = {
     torch.is_complex,
 }
 
-_HANDLERS = {
+_HANDLERS: dict[Any, Any] = {
     torch.Tensor.float: _float,
     torch.Tensor.to: _to,
     torch.Tensor.contiguous: _contiguous,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -125,14 +126,14 @@ class ReducedHead(HeadSource):
             # the first tokens of the batch are as good a sample as any: this only feeds the report
             few = hidden[:_SAMPLE_TOKENS]
             frozen, frozen_bias = self._dropped(head)
-            bias = head._parameters.get("bias")
+            bias: torch.Tensor | None = head._parameters.get("bias")
             if scaling.shift is not None:
                 shift = scaling.shift.to(few)
                 kept_shift = shift[self.vocabulary.ids.to(shift.device)]
                 dropped_shift = shift[self.vocabulary.dropped.to(shift.device)]
                 bias = kept_shift if bias is None else bias + kept_shift
                 frozen_bias = dropped_shift if frozen_bias is None else frozen_bias + dropped_shift
-            result = linear_cross_entropy(
+            result: Any = linear_cross_entropy(
                 few,
                 head.weight,  # type: ignore[arg-type]
                 torch.zeros(len(few), dtype=torch.int64, device=few.device),
@@ -147,7 +148,7 @@ class ReducedHead(HeadSource):
 
 
 def _caps_logits(model: nn.Module) -> bool:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "final_logit_softcapping", None) is not None
 

@@ -100,11 +100,12 @@ class LookupEdit(Edit):
 
 class _LookupHandle(Handle):
     def __init__(self, model: nn.Module, edit: LookupEdit):
-        self.module: Any = model.get_submodule(edit.module)
+        module: Any = model.get_submodule(edit.module)
+        self.module = module
         self.vocabulary = edit.part
         parent, _, attribute = edit.module.rpartition(".")
-        self.facts = (self.module.num_embeddings, self.module.padding_idx)
-        slots = edit.part.slots().to(self.module.weight.device)
+        self.facts = (module.num_embeddings, module.padding_idx)
+        slots = edit.part.slots().to(module.weight.device)
         tighten(
             self.module,
             LookupMixin,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,12 +66,12 @@ def find_tables(model: nn.Module) -> Tables:
         )
     size = table.weight.shape[0]
     lookups = _lookups(model, table)
-    weights = list(dict.fromkeys(model.get_submodule(name).weight for name in lookups))
+    weights: list[Any] = list(dict.fromkeys(model.get_submodule(name).weight for name in lookups))
     inputs = tuple(_tensor(model, weight) for weight in weights)
     head = _head(model, size)
     output = biases = None
     if head is not None:
-        module = model.get_submodule(head)
+        module: Any = model.get_submodule(head)
         output = next((t for t in inputs if t.tensor is module.weight), None) or _tensor(model, module.weight)
         bias = getattr(module, "bias", None)
         biases = () if bias is None else (_tensor(model, bias),)
@@ -85,7 +86,7 @@ def find_tables(model: nn.Module) -> Tables:
     return found
 
 
-def _input_embedding(model: nn.Module):
+def _input_embedding(model: nn.Module) -> Any:
     getter = getattr(model, "get_input_embeddings", None)
     try:
         table = getter() if getter is not None else None
@@ -98,7 +99,7 @@ def _input_embedding(model: nn.Module):
     )
 
 
-def _lookups(model: nn.Module, table: nn.Module) -> tuple[str, ...]:
+def _lookups(model: nn.Module, table: Any) -> tuple[str, ...]:
     """The embedding modules that receive ids: the table, its aliases, and those of every inner backbone."""
     own = {id(table)}
     for module in model.modules():

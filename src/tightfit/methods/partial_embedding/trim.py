@@ -137,7 +137,7 @@ def trim_model(
     )
 
 
-def _refuse_unready(model: nn.Module) -> None:
+def _refuse_unready(model: Any) -> None:
     name = type(model).__name__
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise UnsupportedModelError(f"trim: {name} is no transformers model (it has no config or save_pretrained)")
@@ -176,7 +176,7 @@ def _trimmed(
     return trimmed, extra | dict(trimmed.reasons)
 
 
-def _check_positions(model: nn.Module, tables: Tables, rank: Mapping[int, int]) -> None:
+def _check_positions(model: Any, tables: Tables, rank: Mapping[int, int]) -> None:
     """RoBERTa and its kin count positions from the pad id, so the pad must keep its number."""
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     if pad is None or rank.get(pad) == pad:

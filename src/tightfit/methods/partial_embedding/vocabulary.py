@@ -283,7 +283,7 @@ class Vocabulary(Part):
         twin = memo[id(self)] = object.__new__(Vocabulary)
         # optimizers belong to the original; id tensors are replaced, never written to
         shared = {"tokenizer": self.tokenizer, "ids": self.ids, "dropped": self.dropped}
-        own = {"_optimizers": weakref.WeakSet(), "_watch": None}
+        own: dict[str, Any] = {"_optimizers": weakref.WeakSet(), "_watch": None}
         for key, value in vars(self).items():
             twin.__dict__[key] = (
                 own[key] if key in own else shared[key] if key in shared else copy.deepcopy(value, memo)
@@ -297,7 +297,7 @@ def _held(module: nn.Module, attribute: str) -> torch.Tensor:
     return getattr(module, attribute)
 
 
-def set_lookup_facts(module: nn.Module, vocabulary: Vocabulary) -> None:
+def set_lookup_facts(module: Any, vocabulary: Vocabulary) -> None:
     """Keep an embedding's `num_embeddings` and `padding_idx` true for its kept rows."""
     padding = module.__dict__["_tight_padding_idx"]
     row = -1 if padding is None else int(torch.searchsorted(vocabulary.ids, padding))
