@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,6 @@ from tightfit.core.errors import BudgetError, RecipeError
 
 if TYPE_CHECKING:
     from tightfit.train.bench import Comparison
-
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 def quiet() -> None:
@@ -45,25 +42,10 @@ def show(table: Table) -> None:
     console.print(table)
 
 
-def parse_bytes(text: str) -> int:
-    """A memory size as bytes.
-
-    Raises:
-        BudgetError: the text is no size.
-
-    >>> parse_bytes("24GiB"), parse_bytes("1.5 MB")
-    (25769803776, 1500000)
-    """
-    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", text.strip().lower())
-    if not found or found[2] not in UNITS or float(found[1]) <= 0:
-        raise BudgetError(f"--budget: got {text!r}, accepted is a size such as 24GiB, 800MiB or 8GB")
-    return int(float(found[1]) * UNITS[found[2]])
-
-
 def show_methods(as_json: bool) -> None:
     import tightfit
 
-    facts = [
+    facts: list[dict[str, Any]] = [
         {
             "class": cls.__name__,
             "name": cls.name,
@@ -86,7 +68,9 @@ def show_methods(as_json: bool) -> None:
 
 
 def show_plan(path: Path, overrides: list[str], budget: str | None, as_json: bool) -> None:
-    limit = parse_bytes(budget) if budget is not None else None
+    from tightfit.core.budget import parse_budget
+
+    limit = parse_budget(budget, elsewhere=True) if budget is not None else None
     quiet()
     from tightfit.core.plan import mib
     from tightfit.train.recipe_file import read_recipe_file

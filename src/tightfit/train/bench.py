@@ -22,7 +22,7 @@ from tightfit.train.tasks import build_model, primary_metric
 if TYPE_CHECKING:
     from tightfit.train.recipe_file import RecipeFile, TrainSection
 
-BASELINES = ({"lora"}, {"checkpointing"}, {"lora", "checkpointing"}, set())
+BASELINES: tuple[set[str], ...] = ({"lora"}, {"checkpointing"}, {"lora", "checkpointing"}, set())
 STOCK = "stock"
 ROUNDS = 7
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,7 +202,7 @@ def _figure(title: str, svg: str) -> str:
     return f"<h2>{escape(title)}</h2><figure>{svg}</figure>" if svg else ""
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], bold: list[bool] | None = None) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], bold: list[bool] | None = None) -> str:
     def cells(kind: str, values: tuple[str, ...]) -> str:
         return "".join(
             f"<{kind}{' class=number' if place else ''}>{escape(value)}</{kind}>" for place, value in enumerate(values)

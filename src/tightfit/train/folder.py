@@ -162,9 +162,10 @@ def rewind_metrics(folder: Path, step: int) -> None:
         write_text(Path(folder) / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def stored_data(folder: Path) -> TaskData:
+def stored_data(folder: Path, tokenizer: Any) -> TaskData:
     """What a run folder knows of its data: enough to build the model again, without any row."""
     from datasets import Dataset
+    from transformers import DataCollatorWithPadding
 
     from tightfit.train.data import TaskData
 
@@ -174,7 +175,7 @@ def stored_data(folder: Path) -> TaskData:
         task=known["task"],
         train=nothing,
         eval=nothing,
-        collator=dict,
+        collator=DataCollatorWithPadding(tokenizer),
         fingerprint=known["fingerprint"],
         label_names=tuple(known["label_names"]) if known["label_names"] else None,
         num_labels=known["num_labels"],

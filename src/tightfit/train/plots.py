@@ -32,9 +32,17 @@ def draw_comparison(found: Comparison, png: Path, svg: Path) -> str:
         for style, baseline in ((BASELINE, True), (OURS, False)):
             chosen = [point for point, row in zip(points, found.rows) if row.baseline == baseline]
             if chosen:
-                axes.scatter(*zip(*chosen), s=54, facecolors="none" if baseline else style["color"],
-                             edgecolors=style["color"], linewidths=1.8, marker=style["marker"],
-                             label=style["label"], zorder=3)  # fmt: skip
+                axes.scatter(
+                    [x for x, _ in chosen],
+                    [y for _, y in chosen],
+                    s=54,
+                    facecolors="none" if baseline else style["color"],
+                    edgecolors=style["color"],
+                    linewidths=1.8,
+                    marker=style["marker"],
+                    label=style["label"],
+                    zorder=3,
+                )
         axes.set_xlabel("step time, ratio to stock (less is faster)")
         axes.set_ylabel("peak memory of one step, MiB (less is better)")
         axes.set_title(f"{found.model}, batch {found.batch}, {found.device}", fontsize=10)

@@ -247,13 +247,14 @@ def export_run(run: Path, out: Path) -> None:
 
     folder.read_run(run)
     file = read_recipe_file(run / folder.RECIPE)
-    model = build_model(file, folder.stored_data(run))
+    tokenizer = build_tokenizer(file)
+    model = build_model(file, folder.stored_data(run, tokenizer))
     applied = load(model, run)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing_folder(out) as temporary:
         applied.export(temporary)
         if not any(temporary.glob("*token*")):  # a recipe that changes the vocabulary writes its own
-            build_tokenizer(file).save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
 
 
 def _predicted(file: RecipeFile, prepared: Prepared, recipe: Recipe, model: PreTrainedModel, echo: Echo) -> int | None:

@@ -90,10 +90,11 @@ class RunTrainer(Trainer):
         return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        assert self.optimizer is not None
         self.store_flos()
         states = _gathered(checkpoints.random_state())
         if self.args.should_save:
-            folder = Path(self.args.output_dir)
+            folder = Path(str(self.args.output_dir))
             checkpoints.write_checkpoint(
                 folder,
                 self.applied,
@@ -112,6 +113,7 @@ class RunTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
+            assert self.optimizer is not None and self.lr_scheduler is not None
             inner = getattr(self.optimizer, "optimizer", self.optimizer)
             checkpoints.load_optimizer(Path(checkpoint), inner)
             self.lr_scheduler.load_state_dict(checkpoints.read_state(Path(checkpoint))["scheduler"])
