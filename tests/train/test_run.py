@@ -136,6 +136,7 @@ def test_precision(folder, tmp_path):
         assert not (tmp_path / "run").exists()
     result = train(recipe_file(folder, [], tmp_path / "run", max_steps=2, precision="bf16"))
     assert result.metrics["loss"] < 10
+    assert abs(result.predicted_peak_bytes / result.peak_bytes - 1) < 0.05
     assert {t.dtype for t in load_file(result.output / "tightfit.safetensors").values()} == {torch.float32}
 
 

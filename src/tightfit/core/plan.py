@@ -155,7 +155,7 @@ def plan(
     with planning():
         applied = apply(shadow, recipe)
     parameters = list(applied.model.parameters())
-    counts = {
+    counts: dict[str, Any] = {
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "total_parameters": sum(p.numel() for p in parameters),
     }

@@ -16,7 +16,7 @@ from tightfit.core.apply import Applied, apply
 from tightfit.core.errors import RecipeError, SimulationError
 from tightfit.core.memory import Measurement, interleave, measure
 from tightfit.train.data import longest_batch
-from tightfit.train.run import Echo, Prepared, _shape, filled, plan_run, prepare, train
+from tightfit.train.run import Echo, Prepared, _shape, autocast_dtype, filled, plan_run, prepare, train
 from tightfit.train.tasks import build_model, primary_metric
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def training_step(
     model = applied.model.to(device).train()
     batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
     optimizer = _optimizer(applied, section)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(section.precision)
+    dtype = autocast_dtype(section)
     kind = torch.device(device).type
 
     def step() -> None:

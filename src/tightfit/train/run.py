@@ -27,7 +27,7 @@ from tightfit.train.tasks import build_model, build_tokenizer, model_path, prima
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tightfit.train.recipe_file import RecipeFile
+    from tightfit.train.recipe_file import RecipeFile, TrainSection
 
 Echo = Callable[[str], None]
 PLANNED_OPTIMIZERS = {"adamw": "adamw", "sgd": "sgd", "adafactor": "adafactor"}
@@ -107,7 +107,17 @@ def build_skeleton(file: RecipeFile, data: TaskData) -> PreTrainedModel:
 def plan_run(file: RecipeFile, prepared: Prepared, recipe: Recipe, model: PreTrainedModel) -> Plan:
     """The plan of a run's step on its longest batch. Raises: SimulationError, and what `plan` raises."""
     batch = longest_batch(prepared.data, file.train.batch_size)
-    return plan(model, recipe, batch=batch, optimizer=planned_optimizer(file))
+    options: dict[str, Any] = {"autocast": autocast_dtype(file.train), "device": _device_type()}
+    return plan(model, recipe, batch=batch, optimizer=planned_optimizer(file), **options)
+
+
+def autocast_dtype(section: TrainSection) -> torch.dtype | None:
+    """The dtype a run's forward is cast to; None for fp32."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(section.precision)
+
+
+def _device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def planned_optimizer(file: RecipeFile) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,7 +73,7 @@ class Attribution:
 
     def _mark(self, tensor, name: str) -> None:
         # other subclasses may answer by computing what they stand for
-        node = tensor.grad_fn if isinstance(tensor, FakeTensor) else None
+        node: Any = tensor.grad_fn if isinstance(tensor, FakeTensor) else None
         if node is None or _MARK in node.metadata:
             return
         node.metadata[_MARK] = name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -52,7 +54,8 @@ def example_batch(model: nn.Module, batch_size: int, length: int, *, padded: boo
     """
     if batch_size < 1 or length < 1:
         raise SimulationError(f"batch: got ({batch_size}, {length}), both must be at least 1")
-    config, task = _inner(model).config, task_of(model)
+    config: Any = _inner(model).config
+    task = task_of(model)
     if task == "image":
         side = config.image_size if isinstance(config.image_size, (tuple, list)) else [config.image_size] * 2
         pixels = torch.zeros(batch_size, getattr(config, "num_channels", 3), *side, dtype=_float_dtype(model))

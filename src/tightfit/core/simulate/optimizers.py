@@ -71,8 +71,7 @@ class EightBitAdamW(torch.optim.Optimizer):
     def _moments(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         size, device = parameter.numel(), parameter.device
         if size < self.smallest:
-            make = {"dtype": torch.float32, "device": device}
-            return {"state1": torch.zeros(parameter.shape, **make), "state2": torch.zeros(parameter.shape, **make)}
+            return {f"state{i}": torch.zeros(parameter.shape, dtype=torch.float32, device=device) for i in (1, 2)}
         if not self.tables:
             self.tables = [torch.zeros(256, device=device) for _ in range(2)]
         blocks = -(-size // self.block)

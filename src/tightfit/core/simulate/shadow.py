@@ -159,7 +159,8 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode, lists: dict[int, list[nn.M
                 short._modules = {str(i): block for i, block in enumerate(lists[id(module)])}
                 memo[id(module)] = copy.deepcopy(short, memo)
         twin = copy.deepcopy(model, memo)
-    held, host = [], []
+    held: list[torch.Tensor] = []
+    host: list[torch.Tensor] = []
     own = {id(t) for t in _module_tensors(twin)}
     for source, fake in faker.made.values():
         if id(fake) in own:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import weakref
+from types import FrameType
 from typing import Any
 
 import torch
@@ -128,7 +129,8 @@ class Tracker(TorchDispatchMode):
 
     def move_to_start(self, tensors, category: str) -> None:
         """Count tensors made during the step as alive before it: a cold step then reads as a warm one."""
-        numbers = {self.storage_id(part) for tensor in tensors for part in _plain(tensor)} - {None}
+        found = (self.storage_id(part) for tensor in tensors for part in _plain(tensor))
+        numbers = {number for number in found if number is not None}
         for number in numbers - self.trace.static.keys():
             self.trace.static[number] = self._sizes[number]
             self.trace.categories[number] = category
@@ -318,7 +320,7 @@ _BETWEEN = (__name__, "torch._dynamo.eval_frame", "torch._compile")
 
 def _from_engine() -> bool:
     """Whether the operator comes from the autograd engine and not from a Python backward."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__") in _BETWEEN:
         frame = frame.f_back
     return frame is None or frame.f_globals.get("__name__", "").startswith("torch.autograd")
