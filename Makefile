@@ -57,7 +57,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 
 bench-plan: $(READY)
-	$(BIN)/python benchmarks/plan_accuracy.py
+	$(BIN)/python benchmarks/run.py plan_accuracy
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

@@ -8,6 +8,7 @@ and replay for CUDA) is read from that list afterwards.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import weakref
 from types import FrameType
@@ -134,7 +135,10 @@ class Tracker(TorchDispatchMode):
         for number in numbers - self.trace.static.keys():
             self.trace.static[number] = self._sizes[number]
             self.trace.categories[number] = category
-        self.trace.events = [e for e in self.trace.events if e[1] not in numbers]
+        trace = self.trace
+        gone = list(itertools.accumulate((e[1] in numbers for e in trace.events), initial=0))
+        trace.marks = [(phase, at - gone[at]) for phase, at in trace.marks]
+        trace.events = [e for e in trace.events if e[1] not in numbers]
 
     def mark(self, tensors, category: str) -> None:
         """Name the category of storages that are alive now."""
