@@ -138,6 +138,37 @@ def plan_accuracy_rows(result: dict[str, Any]) -> str:
     return table([*header, *(f"{p.replace('_', ' ')}, %" for p in phases)], rows) + "\n" + footer(result)
 
 
+def extrapolation(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["name"],
+            "extended" if row["extended"] else "in full",
+            f"{row['peak_bytes'] / 2**30:,.2f}",
+            f"{row['difference_bytes']:,}",
+            f"{row['largest_phase_difference']:,}",
+            row["peak_phase"]
+            + ("" if row["short_peak_phase"] == row["peak_phase"] else f" ({row['short_peak_phase']})"),
+            f"{100 * row['line_error']:+.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["model", "simulated", "peak, GiB", "peak apart, bytes", "any phase apart, bytes"]
+    header += ["phase of the peak (of the short stack's)", "line through two short peaks, %"]
+    return table(header, rows) + "\n" + footer(result)
+
+
+def planning_cost(result: dict[str, Any]) -> str:
+    whole = [row for row in result["rows"] if "process_seconds" in row]
+    step = [row for row in result["rows"] if "ratio" in row]
+    first = [[r["name"], f"{statistics.median(r['process_seconds']):.1f}", f"{r['rss_mib']:,.0f}"] for r in whole]
+    second = [
+        [r["name"], f"{r['fake_seconds']:.2f}", f"{r['simulated_seconds']:.2f}", f"{r['ratio']:.2f}"] for r in step
+    ]
+    text = table(["plan, in a fresh process", "seconds, imports included", "resident memory, MiB"], first)
+    header = ["one step", "under FakeTensorMode alone, CPU s", "simulated, CPU s", "ratio"]
+    return text + "\n\n" + table(header, second) + "\n" + footer(result)
+
+
 def phase_errors(row: dict[str, Any]) -> dict[str, float]:
     """Signed relative error of the highest level of each phase."""
     return {p: row["predicted_phases"][p] / level - 1 for p, level in row["measured_phases"].items()}
@@ -161,6 +192,8 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "vocabulary_shares": vocabulary_shares,
     "plan_accuracy": plan_accuracy,
     "plan_accuracy.rows": plan_accuracy_rows,
+    "extrapolation": extrapolation,
+    "planning_cost": planning_cost,
 }
 
 
