@@ -19,7 +19,9 @@ from tightfit.core.errors import (
 )
 from tightfit.core.memory import Measurement, interleave, measure
 from tightfit.core.plan import Plan, plan
+from tightfit.core.reach import largest_batch, longest_sequence
 from tightfit.core.recipe import Recipe, chain
+from tightfit.core.recommend import Choice, recommend
 from tightfit.core.skeleton import skeleton
 from tightfit.core.transform import Slot, Transform
 from tightfit.methods import Checkpointing, Lora, PartialEmbedding, methods
@@ -29,6 +31,7 @@ __all__ = [
     "ArtifactError",
     "BudgetError",
     "Checkpointing",
+    "Choice",
     "ConflictError",
     "DataError",
     "Lora",
@@ -50,9 +53,12 @@ __all__ = [
     "apply",
     "chain",
     "interleave",
+    "largest_batch",
     "load",
+    "longest_sequence",
     "measure",
     "methods",
     "plan",
+    "recommend",
     "skeleton",
 ]

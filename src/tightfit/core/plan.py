@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from tightfit.core.apply import Applied, apply, resolve
+from tightfit.core.batch import Batch, check_batch, describe_batch
 from tightfit.core.conflicts import Conflict
 from tightfit.core.edits import planning
-from tightfit.core.errors import StateError
-from tightfit.core.recipe import Recipe, Transform, as_recipe
+from tightfit.core.errors import SimulationError, StateError
+from tightfit.core.recipe import Recipe, as_recipe
 from tightfit.core.skeleton import meta_copy
+from tightfit.core.transform import Transform
+
+if TYPE_CHECKING:
+    from tightfit.core.verify import Verification
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "temporary", "host")
 
@@ -30,19 +35,33 @@ class EditRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """What a plan was made from, so that it can be run; the model is not kept alive."""
+
+    model: Callable[[], nn.Module | None]
+    batch: Batch
+    optimizer: str | Callable
+    options: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What a recipe will do to a model and what a training step will take; nothing has been changed.
 
     Attributes:
         recipe: the recipe.
         model: class name of the model.
-        peak_bytes: predicted allocator peak of one training step; 0 when the recipe has conflicts.
+        peak_bytes: predicted allocator peak of one training step (measured, where `measured` says so); 0 when the
+            recipe has conflicts.
         trainable_parameters, total_parameters: after the recipe.
         by_category: bytes by weights, gradients, optimizer, activations, temporary (all at the peak) and host.
         conflicts: why the recipe would be refused; empty when it can be applied.
         edits: what would change where.
-        simulation: the simulated step behind the figures, None when only static bytes were counted.
+        simulation: the simulated step behind the figures; None when the recipe has conflicts, and where a step was
+            measured instead.
         notes: what the reader should know about the figures.
+        measured: the figures are those of a real step, because it could not be simulated.
+        source: what the plan was made from.
     """
 
     recipe: Recipe
@@ -57,6 +76,36 @@ class Plan:
     edits: list[EditRow]
     simulation: Any = None
     notes: tuple[str, ...] = ()
+    measured: bool = False
+    source: Source | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def verify(self, model: nn.Module | None = None, *, in_place: bool = False) -> Verification:
+        """Run one real training step of the planned batch and put what it took beside the prediction.
+
+        Args:
+            model: the model with its weights; default: the planned one. Give it where a skeleton was planned.
+            in_place: run on the model itself, which is trained by three steps, instead of on a copy. Without it the
+                model must fit twice.
+
+        Returns:
+            A `Verification`: predicted and measured peak, of the step and of each phase; `str()` is the table.
+
+        Raises:
+            StateError: the model has no weights, is gone, or is of another class; or the plan's device is not here.
+            ConflictError: the recipe cannot be applied.
+
+        Example:
+            >>> import tightfit
+            >>> from transformers import BertConfig, BertForSequenceClassification
+            >>> small = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+            >>> model = BertForSequenceClassification(small)
+            >>> found = tightfit.plan(model, tightfit.Checkpointing(), batch=(4, 32)).verify()
+            >>> abs(found.peak_error) < 0.01
+            True
+        """
+        from tightfit.core.verify import verify
+
+        return verify(self, model, in_place=in_place)
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.recipe}", f"batch {self.batch}, optimizer {self.optimizer}", ""]
@@ -68,7 +117,8 @@ class Plan:
         for name in CATEGORIES:
             if self.by_category.get(name):
                 lines.append(f"{name:<22}{mib(self.by_category[name]):>12}")
-        lines.append(f"{'predicted peak':<22}{mib(self.peak_bytes):>12}")
+        title = "measured peak" if self.measured else "predicted peak"
+        lines.append(f"{title:<22}{mib(self.peak_bytes):>12}")
         counts: dict[tuple[str, str, str], int] = {}
         for row in self.edits:
             key = (row.method, row.slot, row.note)
@@ -95,6 +145,7 @@ class Plan:
             "conflicts": [str(c) for c in self.conflicts],
             "edits": [dataclasses.asdict(row) for row in self.edits],
             "notes": list(self.notes),
+            "measured": self.measured,
         }
 
 
@@ -111,8 +162,9 @@ def plan(
     model: nn.Module,
     recipe: Recipe | Transform | list | tuple | None = None,
     *,
-    batch: dict[str, torch.Tensor] | tuple[int, int],
+    batch: Batch,
     optimizer: str | Callable = "adamw",
+    fallback: str | None = None,
     **options: Any,
 ) -> Plan:
     """Say what a recipe would do to a model and what it would cost, without touching the model.
@@ -122,12 +174,14 @@ def plan(
         recipe: a recipe, one transform, a list of them, or None for the stock step.
         batch: what the model is called with, as a dict of tensors, or `(batch_size, length)` for a padded batch.
         optimizer: one of `tightfit.core.simulate.OPTIMIZERS`, or a callable from parameters to an optimizer.
+        fallback: "measure" runs real steps on a copy of the model where the step cannot be simulated.
         **options: further options of `tightfit.core.simulate.simulate`: `clip`, `autocast`, `loss`, `device`, ...
 
     Raises:
-        ValueError: a malformed batch, or an incomplete recipe.
+        DataError: a malformed batch, or one that the model cannot be called with.
         SimulationError: the step cannot be simulated; names the operator and the module.
         UnsupportedModelError: a method of the recipe cannot work on this model.
+        ValueError: an incomplete recipe, or an unknown `fallback`.
 
     Example:
         >>> import tightfit
@@ -138,59 +192,88 @@ def plan(
         >>> lora.by_category["optimizer"] < stock.by_category["optimizer"]
         True
     """
-    recipe = as_recipe(recipe)
-    shadow = meta_copy(model)
-    planned, conflicts = resolve(shadow, recipe)
-    rows = [EditRow(type(t).__name__, e.slot.label, e.target, e.note) for t, e in planned]
-    shared: dict[str, Any] = {
-        "recipe": recipe,
-        "model": type(model).__name__,
-        "optimizer": optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", repr(optimizer)),
-        "batch": describe_batch(batch),
-        "conflicts": conflicts,
-        "edits": rows,
-    }
-    if conflicts:
-        return Plan(**shared, peak_bytes=0, trainable_parameters=0, total_parameters=0, by_category={})
-    with planning():
-        applied = apply(shadow, recipe)
-    parameters = list(applied.model.parameters())
-    counts: dict[str, Any] = {
-        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "total_parameters": sum(p.numel() for p in parameters),
-    }
-    return Plan(**shared, **counts, **_costs(applied, batch, optimizer, options))
-
-
-def _costs(applied: Applied, batch: Any, optimizer: str | Callable, options: dict[str, Any]) -> dict[str, Any]:
-    from tightfit.core.simulate import simulate
-
-    if not any(p.requires_grad for p in applied.model.parameters()):
-        raise StateError(f"plan: the recipe {applied.recipe} leaves no parameter to train")
-    found = simulate(applied.model, batch, optimizer=optimizer, **options)
-    by_category = dict.fromkeys(CATEGORIES, 0) | found.by_category
-    by_category["host"] += sum(part.host_bytes() for part in applied.parts)
-    return {
-        "peak_bytes": found.peak_bytes,
-        "by_category": by_category,
-        "simulation": found,
-        "notes": found.notes,
-    }
-
-
-def describe_batch(batch: Any) -> str:
-    """A batch in a few words.
-
-    >>> describe_batch((8, 128))
-    '8 x 128 (padded)'
-    """
-    if isinstance(batch, dict):
-        return ", ".join(f"{k} {'x'.join(map(str, v.shape))}" for k, v in batch.items() if torch.is_tensor(v))
+    if fallback not in (None, "measure"):
+        raise ValueError(f"plan(fallback=...): got {fallback!r}, accepted are None and 'measure'")
+    draft = Draft(model, as_recipe(recipe))
     try:
-        size, length = batch
-    except (TypeError, ValueError):
-        raise ValueError(f"batch: got {batch!r}, accepted is a dict of tensors or (batch_size, length)") from None
-    for name, value in (("batch_size", size), ("length", length)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"batch: {name} is {value!r}, accepted is an int >= 1")
-    return f"{size} x {length} (padded)"
+        return draft.plan(batch, optimizer, options)
+    except SimulationError as error:
+        if fallback is None:
+            raise
+        return draft.measured(batch, optimizer, options, error)
+
+
+class Draft:
+    """A recipe applied to a copy of the model without memory; its steps can then be simulated at several batches.
+
+    Attributes:
+        conflicts: why the recipe would be refused; nothing can be simulated then.
+        static_bytes: weights and gradients, which any step holds together; the optimizer's state comes on top.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe):
+        self.model, self.recipe = model, recipe
+        shadow = meta_copy(model)
+        planned, self.conflicts = resolve(shadow, recipe)
+        self.rows = [EditRow(type(t).__name__, e.slot.label, e.target, e.note) for t, e in planned]
+        self.applied: Applied | None = None
+        self.trainable = self.total = self.static_bytes = 0
+        if self.conflicts:
+            return
+        with planning():
+            self.applied = apply(shadow, recipe)
+        parameters = list(self.applied.model.parameters())
+        self.trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        self.total = sum(p.numel() for p in parameters)
+        self.static_bytes = sum(p.nbytes * (2 if p.requires_grad else 1) for p in parameters)
+
+    def plan(self, batch: Batch, optimizer: str | Callable, options: dict[str, Any]) -> Plan:
+        """The plan of a step; see `plan`."""
+        from tightfit.core.simulate import simulate
+
+        check_batch(self.model, batch)
+        shared = self._shared(batch, optimizer, options)
+        if self.applied is None:
+            return Plan(**shared, peak_bytes=0, by_category={})
+        if not self.trainable:
+            raise StateError(f"plan: the recipe {self.recipe} leaves no parameter to train")
+        found = simulate(self.applied.model, batch, optimizer=optimizer, **options)
+        by_category = dict.fromkeys(CATEGORIES, 0) | found.by_category
+        by_category["host"] += self._host_bytes()
+        return Plan(**shared, peak_bytes=found.peak_bytes, by_category=by_category, simulation=found, notes=found.notes)
+
+    def measured(self, batch: Batch, optimizer: str | Callable, options: dict[str, Any], reason: Exception) -> Plan:
+        """The plan as real steps give it, run on a copy of the model because of `reason`."""
+        from tightfit.core.simulate import example_batch
+        from tightfit.core.verify import run_step
+
+        if any(p.is_meta for p in self.model.parameters()):
+            raise SimulationError(f"{reason} (no step can be measured either: this model has no weights)") from reason
+        inputs = batch if isinstance(batch, dict) else example_batch(self.model, *batch)
+        kept = {key: value for key, value in options.items() if key not in ("extrapolate", "train")}
+        found = run_step(self.model, self.recipe, inputs, optimizer=optimizer, **kept)
+        by_category = {**found.by_category, "host": self._host_bytes()}
+        return Plan(
+            **self._shared(batch, optimizer, options),
+            peak_bytes=found.peak_bytes,
+            by_category=by_category,
+            notes=(f"measured on a real step, because {reason}",),
+            measured=True,
+        )
+
+    def _host_bytes(self) -> int:
+        assert self.applied is not None
+        return sum(part.host_bytes() for part in self.applied.parts)
+
+    def _shared(self, batch: Batch, optimizer: str | Callable, options: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe,
+            "model": type(self.model).__name__,
+            "optimizer": optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", repr(optimizer)),
+            "batch": describe_batch(batch),
+            "conflicts": self.conflicts,
+            "edits": self.rows,
+            "trainable_parameters": self.trainable,
+            "total_parameters": self.total,
+            "source": Source(weakref.ref(self.model), batch, optimizer, options),
+        }

@@ -7,12 +7,16 @@ from typing import Any
 
 from torch import nn
 
+from tightfit.core.batch import positions
 from tightfit.core.budget import parse_budget
-from tightfit.core.errors import BudgetError
-from tightfit.core.plan import mib, plan
+from tightfit.core.errors import BudgetError, ConflictError
+from tightfit.core.plan import Draft, Plan, mib
 from tightfit.core.recipe import Recipe, as_recipe
 from tightfit.core.search import need
 from tightfit.core.transform import Transform
+
+MOST = 1 << 16
+"""No batch and no sequence beyond this is tried."""
 
 
 def largest_batch(
@@ -22,29 +26,37 @@ def largest_batch(
     length: int,
     budget: str | int,
     optimizer: str | Callable = "adamw",
-    device: str = "cpu",
     elsewhere: bool = False,
+    progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> int:
     """The most rows of `length` tokens whose training step fits `budget` under `recipe`.
 
+    Args:
+        model, recipe, optimizer, **options: as for `plan`.
+        length: tokens per row.
+        budget, elsewhere: as for `recommend`.
+        progress: called with the number of steps simulated.
+
     Raises:
         BudgetError: a malformed budget, or not even one row fits; names its peak.
+        ConflictError: the recipe cannot be applied.
+        DataError: a length below 1, or above the model's positions.
 
     Example:
         >>> import tightfit
         >>> from transformers import BertConfig
-        >>> model = tightfit.skeleton(BertConfig(num_hidden_layers=2), task="sequence-classification")
-        >>> tightfit.largest_batch(model, tightfit.Lora(), length=64, budget="300MiB")  # doctest: +SKIP
-        34
+        >>> model = tightfit.skeleton(BertConfig(num_hidden_layers=1), task="sequence-classification")
+        >>> tightfit.largest_batch(model, tightfit.Lora(), length=64, budget="300MiB", elsewhere=True) > 8
+        True
     """
-    recipe = as_recipe(recipe)
-    most = parse_budget(budget, device=device, elsewhere=elsewhere)
+    most = parse_budget(budget, device=options.get("device", "cpu"), elsewhere=elsewhere)
+    draft = _draft(model, recipe)
 
-    def peak(size: int) -> int:
-        return need(plan(model, recipe, batch=(size, length), optimizer=optimizer, device=device, **options))
+    def step(size: int) -> Plan:
+        return draft.plan((size, length), optimizer, options)
 
-    return _largest(peak, most, 1 << 20, f"one row of {length} tokens under {recipe}")
+    return _largest(step, most, MOST, f"one row of {length} tokens under {draft.recipe}", progress)
 
 
 def longest_sequence(
@@ -54,51 +66,102 @@ def longest_sequence(
     batch_size: int,
     budget: str | int,
     optimizer: str | Callable = "adamw",
-    device: str = "cpu",
     elsewhere: bool = False,
+    progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> int:
-    """The most tokens per row that `batch_size` rows can have under `recipe` and `budget`, up to the model's positions.
+    """The most tokens per row that `batch_size` rows can have under `recipe` and `budget`.
+
+    Never more than the model has positions for, or was made for (`max_position_embeddings` of its config).
+
+    Args:
+        model, recipe, optimizer, **options: as for `plan`.
+        batch_size: rows.
+        budget, elsewhere: as for `recommend`.
+        progress: called with the number of steps simulated.
 
     Raises:
         BudgetError: a malformed budget, or not even one token fits; names its peak.
+        ConflictError: the recipe cannot be applied.
+        DataError: a batch size below 1.
+
+    Example:
+        >>> import tightfit
+        >>> from transformers import BertConfig
+        >>> model = tightfit.skeleton(BertConfig(num_hidden_layers=1), task="sequence-classification")
+        >>> tightfit.longest_sequence(model, batch_size=1, budget="2GiB")
+        512
     """
-    recipe = as_recipe(recipe)
-    most = parse_budget(budget, device=device, elsewhere=elsewhere)
-    config = getattr(model, "config", None)
+    most = parse_budget(budget, device=options.get("device", "cpu"), elsewhere=elsewhere)
+    draft = _draft(model, recipe)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    positions = getattr(text, "max_position_embeddings", None) or 1 << 20
-    if getattr(text, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
-        positions -= text.pad_token_id + 1  # these count positions from the padding id on
+    made_for = getattr(text, "max_position_embeddings", None)
+    top = min(n for n in (positions(model), made_for, MOST) if isinstance(n, int) and n > 0)
 
-    def peak(length: int) -> int:
-        return need(plan(model, recipe, batch=(batch_size, length), optimizer=optimizer, device=device, **options))
+    def step(length: int) -> Plan:
+        return draft.plan((batch_size, length), optimizer, options)
 
-    return _largest(peak, most, positions, f"{batch_size} rows of one token under {recipe}")
+    rows = f"{batch_size} row{'s' if batch_size > 1 else ''}"
+    return _largest(step, most, top, f"{rows} of one token under {draft.recipe}", progress)
 
 
-def _largest(peak: Callable[[int], int], budget: int, top: int, what: str) -> int:
-    """The largest size up to `top` whose peak fits, where the peak grows with the size."""
-    low, low_peak = 1, peak(1)
-    if low_peak > budget:
-        raise BudgetError(
-            f"budget: {mib(budget)} does not hold {what}, whose peak is {mib(low_peak)}; give at least that, or a "
-            f"recipe that needs less"
-        )
+def _draft(model: nn.Module, recipe: Any) -> Draft:
+    draft = Draft(model, as_recipe(recipe))
+    if draft.conflicts:
+        raise ConflictError("; ".join(str(conflict) for conflict in draft.conflicts))
+    return draft
+
+
+def _largest(
+    step: Callable[[int], Plan], budget: int, top: int, what: str, progress: Callable[[int], None] | None
+) -> int:
+    """The largest size up to `top` that fits: it was simulated, and so was the next one, which does not.
+
+    Sizes to try come from the steps simulated so far, whose part that belongs to the batch is taken to grow with it.
+    """
+    count = 0
+
+    def tried(size: int) -> tuple[int, int]:
+        nonlocal count
+        found = step(size)
+        count += 1
+        if progress is not None:
+            progress(count)
+        return need(found), size + round(size * room(found, budget))
+
+    low, high, below, above, shrunk = 0, top + 1, 0, 0, 0
     guess = min(8, top)
-    high, high_peak = top + 1, None
     while high - low > 1:
-        guess = min(max(guess, low + 1), high - 1)
-        found = peak(guess)
-        if found <= budget:
-            slope = (found - low_peak) / (guess - low)
-            low, low_peak = guess, found
-            guess = low + int((budget - found) / slope) if slope > 0 else 4 * low
-            if high_peak is not None and (guess <= low or guess >= high):
-                guess = (low + high) // 2
-            continue
-        high, high_peak = guess, found
-        guess = low + int((high - low) * (budget - low_peak) / (high_peak - low_peak))
-        if guess <= low or guess >= high:
-            guess = (low + high) // 2
+        # a guess from few rows is rough, and a step a hundred times larger takes long to be refused
+        size = min(max(guess, low + 1), high - 1, 16 * max(1, low))
+        taken, guess = tried(size)
+        if taken <= budget:
+            low, below = size, taken
+        else:
+            high, above = size, taken
+        if size == 1 and taken > budget:
+            raise BudgetError(
+                f"budget: {mib(budget)} does not hold {what}, whose peak is {mib(taken)}; give at least that, or a "
+                f"recipe that needs less"
+            )
+        if taken > budget:
+            shrunk = guess
+        if above:  # peaks grow at least in proportion, so both of these are on the safe side
+            line = low + int((high - low) * (budget - below) / (above - below)) if low else 1
+            guess = max(line, min(shrunk, high - 1))
     return low
+
+
+def room(found: Plan, budget: int) -> float:
+    """By what share the batch of a simulated step can grow (or, negative, must shrink) to meet a budget."""
+    shown = found.simulation.timeline.categories
+    least = float("inf")
+    spare = budget - (need(found) - found.peak_bytes)
+    for at, phase in enumerate(found.simulation.timeline.phases):
+        rest = shown["activations"][at] + shown["temporary"][at]
+        if phase not in ("forward", "backward", "recompute") or rest == 0:
+            continue
+        fixed = shown["weights"][at] + shown["optimizer"][at] + shown["gradients"][at]
+        least = min(least, (spare - fixed) / rest)
+    return min(least, MOST) - 1

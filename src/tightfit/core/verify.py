@@ -1,113 +1,280 @@
-"""A plan beside one real step."""
+"""One real training step, phase by phase, beside what was predicted for it."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from tightfit.core import hfmodel
 from tightfit.core.apply import apply
-from tightfit.core.errors import StateError
-from tightfit.core.memory import Measurement, live_bytes, measure
-from tightfit.core.plan import Plan, mib, plan
-from tightfit.core.recipe import Recipe, Transform, as_recipe
+from tightfit.core.errors import ConflictError, StateError
+from tightfit.core.memory import allocation_profile, live_bytes, saved_bytes
+from tightfit.core.recipe import Recipe
+
+if TYPE_CHECKING:
+    from tightfit.core.plan import Plan
+
+PHASES = ("forward", "backward", "clip", "optimizer", "zero_grad")
+_PREFIX = "tightfit-phase:"
+
+Phase = Callable[[str], contextlib.AbstractContextManager[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RealStep:
+    """What one warm training step took on this machine.
+
+    Attributes:
+        peak_bytes: highest allocator level; counts the model, its optimizer and the batch, nothing else that lives in
+            this process.
+        saved_bytes: unique storages kept for backward, parameters and buffers left out.
+        phases: forward, backward, clip, optimizer, zero_grad -> highest level in it; recomputation is in backward.
+        levels: phase -> level after every allocation and release; on a GPU the highest one only.
+        by_category: weights, gradients, optimizer, activations (saved_bytes), temporary (the rest of the peak), host.
+    """
+
+    peak_bytes: int
+    saved_bytes: int
+    phases: dict[str, int]
+    levels: dict[str, list[int]]
+    by_category: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What was predicted beside what was measured.
+    """A plan beside one real step of it; made by `Plan.verify`.
 
     Attributes:
         plan: the prediction.
-        peak_bytes, saved_bytes: measured; the peak counts the model, its optimizer and the batch, nothing else that
-            lives in this process.
-        measurement: the measurement as it was, everything alive in this process included.
+        measured: the step as it was measured.
     """
 
     plan: Plan
-    peak_bytes: int
-    saved_bytes: int
-    measurement: Measurement
+    measured: RealStep
+
+    @property
+    def peak_bytes(self) -> int:
+        """Measured allocator peak."""
+        return self.measured.peak_bytes
+
+    @property
+    def saved_bytes(self) -> int:
+        """Measured bytes kept for backward."""
+        return self.measured.saved_bytes
+
+    @property
+    def levels(self) -> dict[str, list[int]]:
+        """Phase -> measured levels, for a plot."""
+        return self.measured.levels
 
     @property
     def peak_error(self) -> float:
         """Predicted over measured peak, less 1."""
         return self.plan.peak_bytes / self.peak_bytes - 1
 
+    def rows(self) -> list[tuple[str, int, int]]:
+        """(name, predicted, measured) of the peak, of every phase and of what is kept for backward."""
+        found = [("peak", self.plan.peak_bytes, self.peak_bytes)]
+        predicted = dict(self.plan.simulation.phases)
+        predicted["backward"] = max(predicted.get("backward", 0), predicted.pop("recompute", 0))
+        for name in PHASES:
+            if name in predicted and name in self.measured.phases:
+                found.append((name.replace("_", " "), predicted[name], self.measured.phases[name]))
+        return [*found, ("saved for backward", self.plan.simulation.saved_bytes, self.saved_bytes)]
+
     def __str__(self) -> str:
-        rows = [
-            ("peak", self.plan.peak_bytes, self.peak_bytes),
-            ("saved for backward", self.plan.simulation.saved_bytes, self.saved_bytes),
-        ]
+        from tightfit.core.plan import mib
+
         lines = [
             f"{self.plan.model}: {self.plan.recipe}",
             f"batch {self.plan.batch}, optimizer {self.plan.optimizer}",
             "",
             f"{'':<20}{'predicted':>14}{'measured':>14}{'difference':>14}",
         ]
-        for name, predicted, measured in rows:
+        for name, predicted, measured in self.rows():
             off = f"{100 * (predicted / measured - 1):+.3f} %" if measured else "-"
             lines.append(f"{name:<20}{mib(predicted):>14}{mib(measured):>14}{off:>14}")
         return "\n".join(lines)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as JSON values."""
+        return {
+            "peak_bytes": self.peak_bytes,
+            "saved_bytes": self.saved_bytes,
+            "peak_error": self.peak_error,
+            "phases": self.measured.phases,
+        }
 
-def verify(
+
+def run_step(
     model: nn.Module,
-    recipe: Recipe | Transform | list | tuple | None,
+    recipe: Recipe,
+    batch: dict[str, torch.Tensor],
     *,
-    batch: dict[str, torch.Tensor] | tuple[int, int],
     optimizer: str | Callable = "adamw",
     clip: float | None = None,
-) -> Verification:
-    """Run one real training step on a copy of the model and put the prediction beside it.
+    autocast: torch.dtype | None = None,
+    loss: Callable | None = None,
+    accumulate: int = 1,
+    device: str = "cpu",
+    in_place: bool = False,
+) -> RealStep:
+    """Run real training steps under a recipe and account for the memory of one of them.
+
+    A first step makes the optimizer's state, a second one is measured, a third one counted for what it saves.
 
     Args:
-        model: a model with weights; it is copied, so it must fit twice, and is not changed.
-        recipe: what to apply to the copy.
-        batch: a dict of tensors, best the longest sample of the data, or (batch size, length).
-        optimizer: as for `plan`.
-        clip: largest gradient norm, or None.
+        model: with weights.
+        recipe: what to apply.
+        batch: what the model is called with.
+        optimizer, clip, autocast, loss, accumulate: as for `plan`.
+        device: "cpu" or "cuda"; where the step runs.
+        in_place: use the model itself, which is trained by it, instead of a copy.
 
     Raises:
-        StateError: the model has no weights (a skeleton).
+        StateError: the model has no weights (a skeleton), or this machine has no such device.
         ConflictError: the recipe cannot be applied.
 
     Example:
-        >>> import tightfit
-        >>> from tightfit.core.verify import verify
+        >>> import torch
+        >>> from tightfit import Lora, chain
         >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> small = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-        >>> found = verify(BertForSequenceClassification(small), tightfit.Checkpointing(), batch=(4, 32))
-        >>> abs(found.peak_error) < 0.01
+        >>> small = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        >>> batch = {"input_ids": torch.ones(2, 8, dtype=torch.long), "labels": torch.zeros(2, dtype=torch.long)}
+        >>> found = run_step(BertForSequenceClassification(small), chain(Lora(rank=2)), batch)
+        >>> found.peak_bytes == max(found.phases.values())
         True
     """
-    from tightfit.core.simulate import example_batch
-    from tightfit.core.simulate.optimizers import make_optimizer
-
-    recipe = as_recipe(recipe)
     if any(p.is_meta for p in model.parameters()):
         raise StateError("verify: this model has no weights (a skeleton); load it before running a step")
-    if isinstance(batch, tuple):
-        batch = example_batch(model, *batch)
-    predicted = plan(model, recipe, batch=batch, optimizer=optimizer, clip=clip)
-    device = next(model.parameters()).device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise StateError("verify: the plan is for a GPU and this machine has none; plan with device='cpu', or go there")
+    kind = torch.device(device).type
     gc.collect()
-    others = live_bytes(device.type)
-    twin = copy.deepcopy(model).train()
-    applied = apply(twin, recipe)
-    inputs = {key: value.to(device, copy=True) if torch.is_tensor(value) else value for key, value in batch.items()}
-    stepper = applied.adopt(make_optimizer(optimizer, applied.parameters(), device.type))
+    others = live_bytes(kind) - (_own_bytes(model, kind) if in_place else 0)
+    twin = model if in_place else copy.deepcopy(model)
+    applied = apply(twin.to(device).train(), recipe)
+    inputs = {k: v.to(device, copy=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    from tightfit.core.simulate.optimizers import make_optimizer
 
-    def step() -> None:
-        twin(**inputs).loss.backward()
+    stepper = applied.adopt(make_optimizer(optimizer, applied.parameters(), kind))
+
+    def step(phase: Phase = lambda name: contextlib.nullcontext()) -> None:
+        for _ in range(accumulate):
+            with phase("forward"), torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
+                outputs = twin(**inputs)
+                found = _loss(outputs) if loss is None else loss(outputs)
+                del outputs
+            with phase("backward"):
+                found.backward()
+                del found
         if clip is not None:
-            nn.utils.clip_grad_norm_(applied.parameters(), clip)
-        stepper.step()
-        stepper.zero_grad()
+            with phase("clip"):
+                nn.utils.clip_grad_norm_(applied.parameters(), clip)
+        with phase("optimizer"):
+            stepper.step()
+        with phase("zero_grad"):
+            stepper.zero_grad()
 
-    found = measure(step, warmup=1, repeats=0)
-    return Verification(predicted, found.peak_bytes - others, found.saved_bytes, found)
+    try:
+        step()
+        gc.collect()
+        levels = _levels_cuda(step) if kind == "cuda" else _levels_cpu(step)
+        kept = saved_bytes(step)
+        state = [t for s in stepper.state.values() for t in s.values() if torch.is_tensor(t)]
+        trained = [p for p in applied.parameters() if p.requires_grad]
+        weights = _own_bytes(twin, kind)
+    finally:
+        if in_place:
+            applied.remove()
+    levels = {name: [level - others for level in values] for name, values in levels.items()}
+    phases = {name: max(values) for name, values in levels.items()}
+    by_category = {
+        "weights": weights,
+        "gradients": sum(p.nbytes for p in trained),
+        "optimizer": hfmodel.unique_storage_bytes(t for t in state if t.device.type == kind),
+        "activations": kept,
+    }
+    peak = max(phases.values())
+    by_category["temporary"] = max(0, peak - sum(by_category.values()))
+    return RealStep(peak, kept, phases, levels, by_category | {"host": 0})
+
+
+def _loss(outputs: Any) -> torch.Tensor:
+    if getattr(outputs, "loss", None) is None and hasattr(outputs, "last_hidden_state"):  # a bare backbone
+        return outputs.last_hidden_state.mean()
+    return outputs.loss
+
+
+def _own_bytes(model: nn.Module, kind: str) -> int:
+    tensors = (*model.parameters(), *model.buffers())
+    return hfmodel.unique_storage_bytes(t for t in tensors if t.device.type == kind)
+
+
+def _levels_cpu(step: Callable[[Phase], None]) -> dict[str, list[int]]:
+    """Phase -> allocator level after each of its events, the level at its start first."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        level = live_bytes()
+        with allocation_profile() as run:
+            step(lambda name: torch.profiler.record_function(_PREFIX + name))
+    finally:
+        if collecting:
+            gc.enable()
+    events = run.profiler.kineto_results.events()
+    starts = sorted((e.start_ns(), e.name().removeprefix(_PREFIX)) for e in events if e.name().startswith(_PREFIX))
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    found: dict[str, list[int]] = {}
+    at = 0
+    for number, (_, name) in enumerate(starts):
+        end = starts[number + 1][0] if number + 1 < len(starts) else None
+        values = found.setdefault(name, [])
+        values.append(level)
+        while at < len(changes) and (end is None or changes[at][0] < end):
+            level += changes[at][1]
+            values.append(level)
+            at += 1
+    return found
+
+
+def _levels_cuda(step: Callable[[Phase], None]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+
+    @contextlib.contextmanager
+    def phase(name: str) -> Iterator[None]:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        yield
+        torch.cuda.synchronize()
+        found.setdefault(name, []).append(torch.cuda.max_memory_allocated())
+
+    step(phase)
+    return found
+
+
+def verify(found: Plan, model: nn.Module | None = None, *, in_place: bool = False) -> Verification:
+    """Run what a plan predicts; see `Plan.verify`."""
+    from tightfit.core.simulate import example_batch
+
+    if found.conflicts:
+        raise ConflictError("; ".join(str(conflict) for conflict in found.conflicts))
+    source = found.source
+    if source is None or found.simulation is None:
+        raise StateError("verify: this plan holds no simulated step; make it with tightfit.plan(model, ...)")
+    model = model if model is not None else source.model()
+    if model is None:
+        raise StateError("verify: the planned model is gone; give it, as in plan.verify(model)")
+    if type(model).__name__ != found.model:
+        raise StateError(f"verify: the plan is for a {found.model}, the given model is a {type(model).__name__}")
+    batch = source.batch if isinstance(source.batch, dict) else example_batch(model, *source.batch)
+    options = {key: value for key, value in source.options.items() if key not in ("extrapolate", "train")}
+    step = run_step(model, found.recipe, batch, optimizer=source.optimizer, in_place=in_place, **options)
+    return Verification(found, step)

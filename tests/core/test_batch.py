@@ -1,0 +1,61 @@
+"""Batches are checked against the model before anything is simulated."""
+
+import models
+import pytest
+import torch
+
+import tightfit
+from tightfit.core.batch import check_batch, cut, positions, rows_of
+from tightfit.core.errors import DataError
+
+
+def batch(rows=4, length=8, **more):
+    ids = torch.ones(rows, length, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
+
+
+@pytest.mark.parametrize(
+    ("make", "limit"),
+    [("bert", 64), ("roberta", 64), ("gpt2", 64), ("llama", None), ("t5", None), ("bart", 64)],
+)
+def test_positions(make, limit):
+    assert positions(getattr(models, make)()) == limit
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((4, 65), ["length 65", "64 positions", "Bert"]),
+        ((0, 8), ["batch_size is 0"]),
+        ((4, True), ["length is True"]),
+        ((4,), ["(4,)", "batch_size, length"]),
+        (7, ["7"]),
+        (batch(length=65), ["input_ids", "65 tokens", "64"]),
+        (batch(inputs=torch.ones(4, 8)), ["'inputs'", "takes no such input", "input_ids"]),
+        ({"attention_mask": torch.ones(4, 8)}, ["'input_ids' is missing", "attention_mask"]),
+        (batch(labels=torch.zeros(3, dtype=torch.long)), ["input_ids 4", "labels 3"]),
+        ({"input_ids": torch.full((2, 4), 120)}, ["id 120", "vocabulary of 120"]),
+        ({"input_ids": torch.full((2, 4), -1)}, ["id -1"]),
+    ],
+)
+def test_a_batch_that_does_not_fit_the_model_is_named(given, words):
+    with pytest.raises(DataError) as caught:
+        tightfit.plan(models.bert(), batch=given)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_batches_that_fit():
+    ids = torch.ones(2, 200, dtype=torch.long)
+    check_batch(models.llama(), {"input_ids": ids, "labels": ids})  # rotary positions have no end
+    check_batch(models.bert(), {"inputs_embeds": torch.zeros(2, 8, 32), "labels": torch.zeros(2, dtype=torch.long)})
+    check_batch(models.gpt2(), (1, 64))
+
+
+def test_a_part_of_a_batch_is_its_longest_rows_and_keeps_a_padded_one():
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]])
+    given = {"input_ids": torch.arange(16).view(4, 4), "attention_mask": mask, "scale": 2.0}
+    assert cut(given, 1)["input_ids"][:, 0].tolist() == [4]
+    assert cut(given, 2)["input_ids"][:, 0].tolist() == [4, 8]
+    assert cut(given, 3)["input_ids"][:, 0].tolist() == [4, 12, 8]
+    assert cut(given, 4) is given and cut(given, 2)["scale"] == 2.0
+    assert rows_of(cut(given, 3)) == 3

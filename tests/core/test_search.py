@@ -1,0 +1,216 @@
+"""Recommended recipes: they fit when run for real, they come in the promised order, and what is refused says why."""
+
+import dataclasses
+
+import models
+import pytest
+import torch
+from checks.transforms import HalfTable, OwnLinear
+from transformers import BertConfig, BertForSequenceClassification
+
+import tightfit
+from tightfit.core.recommend import INDIFFERENT, best_first, candidates
+from tightfit.core.search import MARGIN, Search, estimate, need
+from tightfit.core.transform import Transform
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 256}
+BATCH = (8, 64)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**SIZES, vocab_size=2000, max_position_embeddings=64))
+
+
+@pytest.fixture(scope="module")
+def peaks(model):
+    """Peaks of the stock step: whole, and one row at a time."""
+    whole = tightfit.plan(model, batch=BATCH)
+    single = tightfit.plan(model, batch=(1, BATCH[1]), accumulate=2)
+    return need(whole), need(single)
+
+
+def test_the_stock_step_is_first_where_it_fits(model, peaks):
+    found = tightfit.recommend(model, batch=BATCH, budget=peaks[0])
+    best = found[0]
+    assert best.recipe == tightfit.chain() and (best.batch_size, best.accumulation) == (8, 1)
+    assert best.relative_step_time == pytest.approx(1.0)
+    assert best.plan.peak_bytes <= peaks[0]
+    assert 2 <= len(found) <= 3
+    assert all(need(choice.plan) <= peaks[0] for choice in found)
+    assert "the gradients of the stock step" in best.why
+    assert "than the first choice" in found[1].why
+    order = [choice.recipe.exact for choice in found]
+    assert order == sorted(order, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("share", "tune"),
+    [
+        (0.2, "full"),
+        pytest.param(0.7, "full", marks=pytest.mark.slow),
+        pytest.param(0.2, "adapters", marks=pytest.mark.slow),
+        pytest.param(0.7, "adapters", marks=pytest.mark.slow),
+    ],
+)
+def test_every_recommendation_run_for_real_stays_under_its_budget(model, peaks, share, tune):
+    whole, single = peaks
+    budget = round(single + share * (whole - single))
+    found = tightfit.recommend(model, batch=BATCH, budget=budget, tune=tune)
+    for choice in found:
+        assert choice.batch_size * choice.accumulation == BATCH[0]
+        assert (choice.recipe.exact) == (tune == "full")
+        measured = choice.plan.verify()
+        assert measured.peak_bytes <= budget
+        assert abs(measured.peak_error) < MARGIN["cpu"]
+
+
+@pytest.mark.slow
+def test_exact_recipes_only(model, peaks):
+    found = tightfit.recommend(model, batch=BATCH, budget=peaks[1] + 1, exact=True)
+    assert found and all(choice.recipe.exact for choice in found)
+    times = [choice.relative_step_time for choice in found]
+    assert times == sorted(times)
+
+
+def test_given_methods_are_tried_as_they_stand(model, peaks):
+    lora = tightfit.Lora(rank=3)
+    found = tightfit.recommend(model, batch=BATCH, budget=peaks[0], tune="adapters", methods=[lora])
+    assert [choice.recipe for choice in found] == [tightfit.chain(lora)]
+    vocabulary = tightfit.PartialEmbedding(ids=range(200))
+    found = tightfit.recommend(model, batch=BATCH, budget=peaks[0], tune="full", methods=[], extra=[vocabulary])
+    assert tightfit.chain(vocabulary) in [choice.recipe for choice in found]
+
+
+@pytest.mark.slow
+def test_the_stronger_value_of_a_method_is_tried_where_the_milder_does_not_fit(model):
+    def peak(rank):
+        recipe = tightfit.chain(tightfit.Lora(rank=rank))
+        return need(tightfit.plan(model, recipe, batch=(1, 64), accumulate=2))
+
+    budget = (peak(16) + peak(4)) // 2
+    found = tightfit.recommend(model, batch=BATCH, budget=budget, methods=[tightfit.Lora])
+    assert [choice.recipe for choice in found] == [tightfit.chain(tightfit.Lora(rank=4))]
+
+
+def test_effective_batch(model, peaks):
+    found = tightfit.recommend(model, batch=BATCH, budget=peaks[0], effective_batch=32, methods=[])
+    assert all(choice.batch_size * choice.accumulation == 32 for choice in found)
+    ids = torch.ones(6, 16, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": ids, "labels": torch.zeros(6, dtype=torch.long)}
+    choice = tightfit.recommend(model, batch=batch, budget="1GiB", effective_batch=8, methods=[])[0]
+    assert (choice.batch_size, choice.accumulation) == (4, 2)  # the batch shows no more than 6 rows
+
+
+@pytest.mark.slow
+def test_pruning_keeps_the_best(model, peaks):
+    """The pruned search finds as good a first choice as simulating everything."""
+    budget = round(peaks[1] * 1.05)
+    groups = candidates(model, None, (), "any", False)
+    options = {"optimizer": "adamw"}
+    every = Search(model, BATCH, budget, None, dict(options)).run(groups, 3, prune=False)
+    best = best_first(every, 3)[0]
+    found = tightfit.recommend(model, batch=BATCH, budget=budget)[0]
+    assert found.recipe.exact == best.recipe.exact
+    assert found.relative_step_time <= best.relative_step_time * (1 + INDIFFERENT)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        None,
+        pytest.param(tightfit.Checkpointing(), marks=pytest.mark.slow),
+        pytest.param(tightfit.Lora(), marks=pytest.mark.slow),
+    ],
+)
+def test_the_estimate_of_a_smaller_batch_is_near(model, recipe):
+    whole = tightfit.plan(model, recipe, batch=BATCH)
+    for size in (4, 1):
+        part = tightfit.plan(model, recipe, batch=(size, BATCH[1]), accumulate=2)
+        assert estimate(whole.simulation, size / BATCH[0]) == pytest.approx(part.peak_bytes, rel=0.1)
+
+
+def test_methods_that_do_not_work_on_the_model_are_left_out(model, peaks):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Nowhere(Transform):
+        def edits(self, model, context):
+            raise tightfit.UnsupportedModelError("not on this model")
+
+    found = tightfit.recommend(model, batch=BATCH, budget=2 * peaks[0], methods=[Nowhere(), tightfit.Checkpointing])
+    assert {str(choice.recipe) for choice in found} == {"stock", "Checkpointing"}
+
+
+def test_recipes_with_conflicts_are_left_out(model, peaks):
+    two = [OwnLinear(where="*.query"), HalfTable()]
+    found = tightfit.recommend(model, batch=BATCH, budget=peaks[0], methods=[*two, *two])
+    for choice in found:
+        assert not choice.plan.conflicts
+        assert len({type(t) for t in choice.recipe}) == len(choice.recipe)
+
+
+def test_progress_is_told(model, peaks):
+    seen = []
+    methods = [tightfit.Checkpointing]
+    tightfit.recommend(
+        model, batch=BATCH, budget=peaks[0], methods=methods, progress=lambda done, of: seen.append((done, of))
+    )
+    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
+    assert all(of >= done for done, of in seen)
+
+
+# Nothing fits, and wrong input
+
+
+def test_nothing_fits(model):
+    with pytest.raises(tightfit.BudgetError) as caught:
+        tightfit.recommend(model, batch=BATCH, budget="300KiB")
+    text = str(caught.value)
+    assert "no recipe fits 300KiB" in text and "the smallest peak found is" in text
+    assert "with 1 row at a time" in text and "give at least that much" in text
+
+
+def test_a_shorter_sequence_that_would_fit_is_named(model):
+    smallest = tightfit.plan(model, batch=(1, 64), accumulate=2)
+    shorter = tightfit.plan(model, batch=(1, 32), accumulate=2)
+    budget = (need(smallest) + need(shorter)) // 2
+    with pytest.raises(tightfit.BudgetError, match="with it, sequences of 32 tokens would fit"):
+        tightfit.recommend(model, batch=BATCH, budget=budget, methods=[])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budget": "24"}, ["without a unit"]),
+        ({"budget": "900TiB"}, ["of this machine"]),
+        ({"batch": (8, 65)}, ["65", "64 positions"]),
+        ({"batch": {"ids": torch.ones(2, 2)}}, ["'ids'", "takes no such input"]),
+        ({"tune": "ful"}, ["tune", "'ful'", "did you mean 'full'"]),
+        ({"limit": 0}, ["limit", "0"]),
+        ({"effective_batch": 2.5}, ["effective_batch", "2.5"]),
+        ({"extra": [tightfit.PartialEmbedding()]}, ["PartialEmbedding", "ids are missing"]),
+    ],
+)
+def test_wrong_arguments_are_named(model, changes, words):
+    arguments = {"batch": BATCH, "budget": "1GiB", **changes}
+    with pytest.raises(ValueError) as caught:
+        tightfit.recommend(model, **arguments)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("changes", [{"methods": ["lora"]}, {"fallback": "measure"}, {"accumulate": 2}])
+def test_wrong_types_are_named(model, changes):
+    with pytest.raises(TypeError, match=next(iter(changes))):
+        tightfit.recommend(model, batch=BATCH, budget="1GiB", **changes)
+
+
+def test_a_model_that_cannot_be_simulated_names_the_operator():
+    class Reads(BertForSequenceClassification):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            out = super().forward(input_ids=input_ids, labels=labels, **kwargs)
+            assert out.logits.sum().item() is not None
+            return out
+
+    model = Reads(models.bert().config)
+    with pytest.raises(tightfit.SimulationError, match="_local_scalar_dense"):
+        tightfit.recommend(model, batch=(2, 8), budget="1GiB")
