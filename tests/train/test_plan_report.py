@@ -5,6 +5,7 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 import transformers as hf
 
 import tightfit
@@ -46,6 +47,26 @@ def test_the_page_holds_the_figures_and_loads_nothing(plan):
     assert "recompute" in page
     without_namespaces = page.replace("http://www.w3.org/2000/svg", "")
     assert not re.search(r"https?://|<script|<link|url\(", without_namespaces)
+
+
+def test_a_verified_plan_has_a_measured_line_and_a_measured_column():
+    torch.manual_seed(0)
+    config = hf.BertConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, vocab_size=200
+    )
+    model = hf.BertForSequenceClassification(config)
+    plan = tightfit.plan(model, tightfit.Checkpointing(), batch=(4, 16), clip=1.0)
+    found = plan.verify()
+    page = plan_page(plan, found)
+    assert "<title>measured</title>" in page and "measured</th>" in page
+    for name in ("peak", "forward", "backward", "clip", "optimizer", "zero grad", "saved for backward"):
+        row = re.search(rf"<tr><td>{name}</td><td class=number>(.+?)</td><td class=number>(.+?)</td>", page)
+        assert row and row[1] == row[2], name  # to a tenth of a MiB
+    # the line follows the predicted roof: at every column of a phase it stays near the highest predicted level
+    line = re.search(r'<polyline points="([^"]+)"', page)[1]
+    heights = [float(point.split(",")[1]) for point in line.split()]
+    peak = re.search(r'<circle cx="[\d.]+" cy="([\d.]+)"', page)[1]
+    assert min(heights) == pytest.approx(float(peak), abs=0.2)
 
 
 def test_the_page_of_a_refused_recipe_says_why():

@@ -65,15 +65,59 @@ def methods(as_json: Json = False) -> None:
 
 @app.command()
 def plan(
-    recipe: RecipePath,
-    overrides: Overrides = None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE.yaml] [key=value ...]", help="a recipe file, and keys to change", show_default=False
+        ),
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="memory to fit into, as in 24GiB", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="without a recipe file: the model", show_default=False)] = None,
+    data: Annotated[str | None, typer.Option(help="without a recipe file: the data", show_default=False)] = None,
+    task: Annotated[str | None, typer.Option(help="without a recipe file: the task", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="write the recommended recipe file there", show_default=False)
+    ] = None,
+    tune: Annotated[str, typer.Option(help="what may be recommended: full, adapters or any")] = "any",
+    exact: Annotated[bool, typer.Option("--exact", help="recommend exact methods only")] = False,
+    methods: Annotated[
+        str | None, typer.Option(help="recommend these methods only, as in lora,checkpointing", show_default=False)
+    ] = None,
+    largest_batch: Annotated[bool, typer.Option("--largest-batch", help="the most rows that fit")] = False,
+    longest_sequence: Annotated[bool, typer.Option("--longest-sequence", help="the longest rows that fit")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="run one real step beside the prediction")] = False,
+    or_measure: Annotated[
+        bool, typer.Option("--or-measure", help="run a real step where it cannot be simulated")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="plan for cpu or cuda; default: what is here")] = None,
+    elsewhere: Annotated[bool, typer.Option("--elsewhere", help="the budget is another machine's")] = False,
+    html: Annotated[Path | None, typer.Option(help="write a page with the plot there", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a recipe will cost before anything is trained."""
-    from tightfit.cli.commands import show_plan
+    """Say what a recipe will cost before anything is trained, and which one fits a budget."""
+    from tightfit.cli.planning import Wishes, show_plan
 
-    show_plan(recipe, overrides or [], budget, as_json)
+    show_plan(
+        Wishes(
+            arguments=arguments or [],
+            budget=budget,
+            model=model,
+            data=data,
+            task=task,
+            output=output,
+            tune=tune,
+            exact=exact,
+            methods=methods,
+            largest_batch=largest_batch,
+            longest_sequence=longest_sequence,
+            verify=verify,
+            or_measure=or_measure,
+            device=device,
+            elsewhere=elsewhere,
+            html=html,
+            as_json=as_json,
+        )
+    )
 
 
 @app.command()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from tightfit.core.errors import BudgetError, RecipeError
+from tightfit.core.errors import RecipeError
 
 if TYPE_CHECKING:
     from tightfit.train.bench import Comparison
@@ -65,35 +65,6 @@ def show_methods(as_json: bool) -> None:
         exact = "yes" if f["exact"] else "no"
         table.add_row(f["class"], f["name"], f["paper"] or "-", exact, ", ".join(f["touches"]), f["summary"])
     show(table)
-
-
-def show_plan(path: Path, overrides: list[str], budget: str | None, as_json: bool) -> None:
-    from tightfit.core.budget import parse_budget
-
-    limit = parse_budget(budget, elsewhere=True) if budget is not None else None
-    quiet()
-    from tightfit.core.plan import mib
-    from tightfit.train.recipe_file import read_recipe_file
-    from tightfit.train.run import build_skeleton, filled, plan_run, prepare
-
-    file = read_recipe_file(path, overrides)
-    prepared = prepare(file)
-    model = build_skeleton(file, prepared.data)
-    found = plan_run(file, prepared, filled(file.recipe, prepared, model), model)
-    fits = limit is None or (not found.conflicts and found.peak_bytes <= limit)
-    if as_json:
-        print(json.dumps({**found.to_dict(), "budget_bytes": limit, "fits": fits if limit else None}, indent=1))
-    else:
-        print(found)
-    if found.conflicts:
-        raise RecipeError(f"{path}: the recipe cannot be applied: {found.conflicts[0]}")
-    if limit is not None and not fits:
-        raise BudgetError(
-            f"{path}: the predicted peak of {mib(found.peak_bytes)} is {mib(found.peak_bytes - limit)} over the "
-            f"budget of {mib(limit)}"
-        )
-    if limit is not None and not as_json:
-        print(f"fits in {mib(limit)}, {mib(limit - found.peak_bytes)} to spare")
 
 
 def run_train(path: Path, overrides: list[str], resume: bool) -> None:

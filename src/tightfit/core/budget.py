@@ -40,7 +40,7 @@ def parse_budget(budget: str | int, *, device: str = "cpu", elsewhere: bool = Fa
     if limit is not None and count > limit:
         raise BudgetError(
             f"budget: got {budget!r} ({count:,} bytes), but the {device} of this machine has {limit / 2**30:.1f} GiB; "
-            f"give at most that, or elsewhere=True to plan for another machine"
+            f"give at most that, or say that another machine is meant (elsewhere=True, --elsewhere)"
         )
     return count
 

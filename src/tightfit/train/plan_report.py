@@ -54,15 +54,14 @@ def write_plan_page(plan: Plan, path: Path, verification: Verification | None = 
 def _figures(plan: Plan, verification: Verification | None) -> str:
     head = "<tr><th></th><th class=number>predicted</th>" + ("<th class=number>measured</th>" if verification else "")
     rows = [f"{head}</tr>"]
-    measured = {}
+    values: list[tuple[str, int, int | None]] = [("measured peak" if plan.measured else "peak", plan.peak_bytes, None)]
     if verification is not None:
-        measured = {"peak": verification.peak_bytes, "saved for backward": verification.saved_bytes}
-    values = [("peak", plan.peak_bytes)]
-    if plan.simulation is not None:
-        values.append(("saved for backward", plan.simulation.saved_bytes))
-    values += [(name, plan.by_category[name]) for name in CATEGORIES if plan.by_category.get(name)]
-    for name, value in values:
-        cell = f"<td class=number>{mib(measured[name]) if name in measured else ''}</td>" if verification else ""
+        values = list(verification.rows())
+    elif plan.simulation is not None:
+        values.append(("saved for backward", plan.simulation.saved_bytes, None))
+    values += [(name, plan.by_category[name], None) for name in CATEGORIES if plan.by_category.get(name)]
+    for name, value, measured in values:
+        cell = f"<td class=number>{mib(measured) if measured is not None else ''}</td>" if verification else ""
         rows.append(f"<tr><td>{name}</td><td class=number>{mib(value)}</td>{cell}</tr>")
     share = 100 * plan.trainable_parameters / max(1, plan.total_parameters)
     count = f"<td class=number>{plan.trainable_parameters:,} ({share:.1f} %)</td>{'<td></td>' if verification else ''}"
