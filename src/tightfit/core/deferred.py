@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tightfit.core.tight import state_of
+from tightfit.ops.autograd import autocast_dtype
 from tightfit.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -105,7 +106,7 @@ class DeferredLogits(torch.Tensor):
     @staticmethod
     def __new__(cls, hidden, head, stock, source, steps=(), dtype=None, view=None):
         shape = (*hidden.shape[:-1], source.width(head))
-        dtype = dtype or _autocast_dtype(hidden.device.type) or hidden.dtype
+        dtype = dtype or autocast_dtype(hidden.device.type) or hidden.dtype
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
         self._hidden, self._head, self._stock, self._source = hidden, head, stock, source
         self._steps, self._view, self._real, self._version_seen = steps, view, None, 0
@@ -172,11 +173,6 @@ class DeferredLogits(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         return func(*_real(args), **_real(kwargs or {}))
-
-
-def _autocast_dtype(kind: str) -> torch.dtype | None:
-    active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if active else None
 
 
 def _real(value):
@@ -337,7 +333,7 @@ def _cross_entropy(
         label_smoothing=label_smoothing,
     )
     # autocast runs cross_entropy in float32
-    return loss.to(torch.float32 if _autocast_dtype(logits.device.type) else logits.dtype)
+    return loss.to(torch.float32 if autocast_dtype(logits.device.type) else logits.dtype)
 
 
 def _shifted(rows: HeadRows, shift: torch.Tensor | None):

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from tightfit.ops.autograd import autocast_dtype
+
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -77,13 +79,6 @@ def linear_cross_entropy(
     if not return_frozen_mass:
         return loss
     return HeadLoss(loss, logits.detach().softmax(dim=-1)[:, weight.shape[0] :].sum(dim=-1))
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype autocast would use for a product on this device; None while it is off."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return None
 
 
 def check_tensors(

@@ -20,13 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tightfit.ops.linear_cross_entropy.reference import (
-    LOW_PRECISION,
-    HeadLoss,
-    autocast_dtype,
-    check_settings,
-    check_tensors,
-)
+from tightfit.ops.autograd import autocast_dtype
+from tightfit.ops.linear_cross_entropy.reference import LOW_PRECISION, HeadLoss, check_settings, check_tensors
 
 BLOCK_BYTES = 32 * 2**20
 MIN_BLOCK_TOKENS = 64

@@ -1,0 +1,27 @@
+"""What the operators' backwards have in common."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Called in a backward. Raises: RuntimeError under create_graph=True, where a plain result would be wrong."""
+    # once_differentiable would let the second derivative vanish silently under a plain `loss.backward()`
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{name} cannot be differentiated twice, and create_graph=True asks for it")
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype autocast casts products to on this device now, or None."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def cast_for_autocast(x: Tensor, *others: Tensor | None) -> list:
+    """The tensors as autocast would hand them to a product; unchanged without autocast."""
+    dtype = autocast_dtype(x.device.type)
+    tensors = (x, *others)
+    return list(tensors) if dtype is None else [t if t is None else t.to(dtype) for t in tensors]

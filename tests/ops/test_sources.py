@@ -1,0 +1,301 @@
+"""Operators with own backwards: outputs bit-equal to torch's, gradients exact, and nothing kept twice."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tightfit.core.memory import saved_bytes
+from tightfit.ops.activation import activation, gated_activation
+from tightfit.ops.activation import reference as activation_reference
+from tightfit.ops.attention import attention, dropout_attention
+from tightfit.ops.attention import reference as attention_reference
+from tightfit.ops.bits import pack, unpack
+from tightfit.ops.dropout import dropout
+from tightfit.ops.linear import linear
+from tightfit.ops.norm import layer_norm, rms_norm
+from tightfit.ops.norm import reference as norm_reference
+from tightfit.ops.recompute import recompute
+
+N, D, H = 12, 16, 24
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def tensors(*shapes, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    made = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return [t.to(dtype).requires_grad_() for t in made]
+
+
+HELD = []
+
+
+def parameters(*shapes):
+    """Weights of a module, which do not count as kept."""
+    HELD.append(nn.ParameterList(t.detach() for t in tensors(*shapes, dtype=torch.float32, seed=3)))
+    return list(HELD[-1])
+
+
+def compare(ours, stock, inputs, *, equal=True, rtol=1e-12):
+    """Outputs bit-equal (where asked), gradients of all inputs close, under a gradient that is no constant."""
+    results = []
+    for function in (ours, stock):
+        leaves = [t.detach().clone().requires_grad_() for t in inputs]
+        torch.manual_seed(7)
+        out = function(*leaves)
+        pull = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+        out.backward(pull)
+        results.append((out.detach(), [t.grad for t in leaves]))
+    (out, grads), (expected, stock_grads) = results
+    if equal:
+        assert torch.equal(out, expected)
+    else:
+        torch.testing.assert_close(out, expected, rtol=rtol, atol=rtol)
+    for grad, wanted in zip(grads, stock_grads, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=rtol, atol=rtol)
+
+
+def rms(eps=1e-6):
+    def stock(x, w):
+        wide = x.float() if x.dtype == torch.bfloat16 else x
+        return w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+    return stock
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_bits_and_gradients_are_torchs(dtype):
+    rtol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype]
+    x, w, b, scale, shift = tensors((2, N // 2, D), (H, D), (H,), (D,), (D,), dtype=dtype)
+    compare(linear, F.linear, [x, w, b], rtol=rtol)
+    compare(
+        lambda x, w, b: layer_norm(x, (D,), w, b, 1e-5),
+        lambda x, w, b: F.layer_norm(x, (D,), w, b, 1e-5),
+        [x, scale, shift],
+        rtol=rtol,
+    )
+    compare(lambda x, w: rms_norm(x, w, 1e-6, lambda t: rms()(t, w)), rms(), [x, scale], rtol=rtol)
+    gate, up = tensors((N, H), (N, H), dtype=dtype, seed=1)
+    for function in (nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.ReLU(), torch.sin):
+        compare(lambda x, f=function: activation(x, f), function, [gate], rtol=rtol)
+        stock = lambda g, u, f=function: activation_reference.gated_activation(g, u, f)  # noqa: E731
+        compare(lambda g, u, f=function: gated_activation(g, u, f), stock, [gate, up], rtol=rtol)
+    compare(lambda x: dropout(x, 0.3), lambda x: F.dropout(x, 0.3), [x], rtol=rtol)
+
+
+def test_norms_against_their_formulas():
+    x, w, b = tensors((N, D), (D,), (D,))
+    ours = lambda x, w, b: layer_norm(x, (D,), w, b, 1e-5)  # noqa: E731
+    compare(ours, lambda x, w, b: norm_reference.layer_norm(x, w, b, 1e-5), [x, w, b], equal=False)
+    rows, pull = x.detach().requires_grad_(), torch.randn(N, D, dtype=torch.float64)
+    weight = w.detach().requires_grad_()
+    rms_norm(rows, weight, 1e-6, lambda t: rms()(t, weight)).backward(pull)
+    grad_x, grad_w = norm_reference.rms_norm_backward(x.detach(), w.detach(), 1e-6, pull)
+    torch.testing.assert_close(rows.grad, grad_x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(weight.grad, grad_w, rtol=1e-12, atol=1e-12)
+
+
+def test_a_weight_stored_around_zero():
+    x, w = tensors((N, D), (D,))
+    stock = lambda x, w: rms()(x, 1 + w)  # noqa: E731
+    compare(lambda x, w: rms_norm(x, w, 1e-6, lambda t: stock(t, w), offset=1.0), stock, [x, w])
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 1001])
+def test_bits_come_back(count):
+    mask = torch.rand(count, generator=torch.Generator().manual_seed(count)) < 0.4
+    packed = pack(mask)
+    assert packed.dtype == torch.uint8 and packed.numel() == -(-count // 8)
+    assert torch.equal(unpack(packed, count, torch.tensor(2.5)), mask * 2.5)
+
+
+# -- attention ----------------------------------------------------------------------------------------------------
+
+B, HEADS, L, WIDTH = 2, 3, 8, 4
+
+
+def masks():
+    padded = torch.ones(B, 1, L, L, dtype=torch.bool)
+    padded[1, :, :, 5:] = False
+    additive = torch.zeros(B, 1, L, L, dtype=torch.float64).masked_fill_(~padded, torch.finfo(torch.float64).min)
+    return {"none": None, "boolean": padded, "additive": additive}
+
+
+@pytest.mark.parametrize("mask", ["none", "boolean", "additive", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_dropout_attention_is_torchs(mask, dtype):
+    chosen = masks().get(mask)
+    chosen = chosen.to(dtype) if mask == "additive" else chosen
+    causal = mask == "causal"
+    inputs = tensors(*[(B, HEADS, L, WIDTH)] * 3, dtype=dtype)
+    compare(
+        lambda q, k, v: dropout_attention(q, k, v, chosen, 0.25, causal=causal),
+        lambda q, k, v: F.scaled_dot_product_attention(
+            q, k, v, attn_mask=chosen, dropout_p=0.25, is_causal=causal
+        ).transpose(1, 2),
+        inputs,
+        rtol=1e-12 if dtype == torch.float64 else 1e-5,
+    )
+
+
+def test_dropout_attention_against_its_formula():
+    inputs = tensors(*[(B, HEADS, L, WIDTH)] * 3)
+    mask = masks()["boolean"]
+
+    def formula(q, k, v):
+        noise = torch.empty(B, HEADS, L, L, dtype=q.dtype).bernoulli_(0.75).div_(0.75)
+        return attention_reference.dropout_attention(q, k, v, mask, noise, WIDTH**-0.5).transpose(1, 2)
+
+    compare(lambda q, k, v: dropout_attention(q, k, v, mask, 0.25), formula, inputs, equal=False)
+
+
+def stock_attention(q, k, v, mask):
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).contiguous()
+
+
+@pytest.mark.parametrize("kind", ["joint", "two users", "no linear"])
+@pytest.mark.parametrize("drop", [0.0, 0.25])
+def test_the_projection_behind_an_attention_runs_its_backward(kind, drop):
+    q, k, v, w = tensors((B, HEADS, L, WIDTH), *[(B, HEADS if drop else 1, L, WIDTH)] * 2, (D, HEADS * WIDTH))
+    mask = masks()["boolean"]
+
+    def attend(ours, q, k, v):
+        if not drop:
+            return attention(stock_attention, q, k, v, mask) if ours else stock_attention(q, k, v, mask)
+        if ours:
+            return dropout_attention(q, k, v, mask, drop)
+        return F.scaled_dot_product_attention(q, k, v, mask, drop).transpose(1, 2).contiguous()
+
+    def block(ours):
+        def run(q, k, v, w):
+            mixed = attend(ours, q, k, v).reshape(B, L, -1)
+            project = linear if ours and kind != "no linear" else F.linear
+            out = project(mixed, w)
+            return out if kind != "two users" else torch.cat((out, mixed * 2), -1)
+
+        return run
+
+    compare(block(True), block(False), [q, k, v, w])
+
+
+# -- what is kept -------------------------------------------------------------------------------------------------
+
+
+def test_linears_behind_a_norm_keep_nothing_of_their_own():
+    (x,), (w1, w2, scale) = tensors((N, D), dtype=torch.float32), parameters((H, D), (H, D), (D,))
+
+    def step():
+        y = layer_norm(x, (D,), scale, None, 1e-5)
+        (linear(y, w1) + linear(y, w2)).sum().backward()
+
+    assert saved_bytes(step) == x.nbytes + 2 * N * 4  # the input, mean and deviation of each row
+
+
+def test_a_gated_mlp_keeps_gate_and_up():
+    (x,), (w1, w2, w3) = tensors((N, D), dtype=torch.float32), parameters((H, D), (H, D), (D, H))
+
+    def step():
+        linear(gated_activation(linear(x, w1), linear(x, w2), nn.SiLU()), w3).sum().backward()
+
+    assert saved_bytes(step) == x.nbytes + 2 * N * H * 4
+
+
+def test_attention_keeps_queries_keys_values_and_bits():
+    q, k, v = tensors(*[(B, HEADS, L, WIDTH)] * 3, dtype=torch.float32)
+    (w,) = parameters((D, HEADS * WIDTH))
+
+    def step():
+        linear(dropout_attention(q, k, v, None, 0.25).reshape(B, L, -1), w).sum().backward()
+
+    assert saved_bytes(step) == 3 * q.nbytes + B * HEADS * L * L // 8
+
+
+def test_dropout_between_a_norm_and_a_linear_adds_bits_only():
+    (x,), (w, scale) = tensors((N, D), dtype=torch.float32), parameters((H, D), (D,))
+
+    def step():
+        linear(dropout(layer_norm(x, (D,), scale, None, 1e-5), 0.5), w).sum().backward()
+
+    assert saved_bytes(step) == x.nbytes + 2 * N * 4 + N * D // 8
+
+    def stock(x, w, s):
+        return F.linear(F.dropout(F.layer_norm(x, (D,), s, None, 1e-5), 0.5), w)
+
+    compare(
+        lambda x, w, s: linear(dropout(layer_norm(x, (D,), s, None, 1e-5), 0.5), w), stock, [x, w, scale], rtol=1e-5
+    )
+
+
+def test_nothing_outlives_the_backward():
+    import gc
+    import weakref
+
+    x, w, scale = tensors((N, D), (H, D), (D,))
+    base = x * 1
+    kept = weakref.ref(base.untyped_storage())
+    loss = linear(layer_norm(base, (D,), scale, None, 1e-5), w).sum()
+    del base
+    assert kept() is not None
+    loss.backward()
+    gc.collect()
+    assert kept() is None  # though the loss, and so the graph, is still there
+
+
+# -- care ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_output_that_was_written_to_is_kept_itself():
+    x, w, scale = tensors((N, D), (H, D), (D,))
+
+    def run(norm, product):
+        def function(x, w, s):
+            return product(norm(x, (D,), s, None, 1e-5).mul_(2), w)
+
+        return function
+
+    compare(run(layer_norm, linear), run(F.layer_norm, F.linear), [x, w, scale])
+
+
+def test_frozen_weights_keep_nothing():
+    (x,), (w,) = tensors((N, D), dtype=torch.float32), parameters((H, D))
+    w.requires_grad_(False)
+    assert saved_bytes(lambda: linear(x, w).sum().backward()) == 0
+
+
+OPERATORS = {
+    "linear": lambda x: linear(x, x),
+    "layer_norm": lambda x: layer_norm(x, (D,), None, None, 0.1),
+    "recompute": lambda x: recompute(torch.sin, x),
+    "activation": lambda x: activation(x, nn.SiLU()),
+    "dropout": lambda x: dropout(x, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_second_derivatives_are_refused(name):
+    (x,) = tensors((D, D))
+    with pytest.raises(RuntimeError, match=f"{name} cannot be differentiated twice"):
+        torch.autograd.grad(OPERATORS[name](x).sum(), x, create_graph=True)
+
+
+def test_autocast_casts_as_torch_does():
+    x, w, b, scale = tensors((N, D), (H, D), (H,), (D,), dtype=torch.float32)
+
+    def run(norm, product, act):
+        def function(x, w, b, s):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return act(product(norm(x, (D,), s, None, 1e-5), w, b)).float()
+
+        return function
+
+    ours = run(layer_norm, linear, lambda t: activation(t, nn.GELU()))
+    compare(ours, run(F.layer_norm, F.linear, nn.GELU()), [x, w, b, scale], rtol=2e-2)
+
+
+def test_random_numbers_are_drawn_again():
+    (x,) = tensors((N, D))
+    compare(
+        lambda x: recompute(lambda t: F.dropout(t, 0.5) ** 2, x, random=True), lambda x: F.dropout(x, 0.5) ** 2, [x]
+    )
