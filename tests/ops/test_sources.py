@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tightfit.core.memory import saved_bytes
-from tightfit.ops.activation import activation, gated_activation
+from tightfit.ops.activation import activation, gated_activation, slope_of
 from tightfit.ops.activation import reference as activation_reference
 from tightfit.ops.attention import attention, dropout_attention
 from tightfit.ops.attention import reference as attention_reference
@@ -68,6 +68,8 @@ def test_forward_bits_and_gradients_are_torchs(dtype):
     rtol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype]
     x, w, b, scale, shift = tensors((2, N // 2, D), (H, D), (H,), (D,), (D,), dtype=dtype)
     compare(linear, F.linear, [x, w, b], rtol=rtol)
+    conv = lambda x, w, b: torch.addmm(b, x.view(-1, D), w).view(2, N // 2, H)  # noqa: E731
+    compare(lambda x, w, b: linear(x, w, b, transposed=True), conv, [x, w.t().contiguous(), b], rtol=rtol)
     compare(
         lambda x, w, b: layer_norm(x, (D,), w, b, 1e-5),
         lambda x, w, b: F.layer_norm(x, (D,), w, b, 1e-5),
@@ -77,9 +79,9 @@ def test_forward_bits_and_gradients_are_torchs(dtype):
     compare(lambda x, w: rms_norm(x, w, 1e-6, lambda t: rms()(t, w)), rms(), [x, scale], rtol=rtol)
     gate, up = tensors((N, H), (N, H), dtype=dtype, seed=1)
     for function in (nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.ReLU(), torch.sin):
-        compare(lambda x, f=function: activation(x, f), function, [gate], rtol=rtol)
+        compare(lambda x, f=function: activation(x, f, slope_of(f)), function, [gate], rtol=rtol)
         stock = lambda g, u, f=function: activation_reference.gated_activation(g, u, f)  # noqa: E731
-        compare(lambda g, u, f=function: gated_activation(g, u, f), stock, [gate, up], rtol=rtol)
+        compare(lambda g, u, f=function: gated_activation(g, u, f, slope_of(f)), stock, [gate, up], rtol=rtol)
     compare(lambda x: dropout(x, 0.3), lambda x: F.dropout(x, 0.3), [x], rtol=rtol)
 
 
@@ -197,7 +199,7 @@ def test_a_gated_mlp_keeps_gate_and_up():
     (x,), (w1, w2, w3) = tensors((N, D), dtype=torch.float32), parameters((H, D), (H, D), (D, H))
 
     def step():
-        linear(gated_activation(linear(x, w1), linear(x, w2), nn.SiLU()), w3).sum().backward()
+        linear(gated_activation(linear(x, w1), linear(x, w2), nn.SiLU(), slope_of(nn.SiLU())), w3).sum().backward()
 
     assert saved_bytes(step) == x.nbytes + 2 * N * H * 4
 
@@ -268,7 +270,7 @@ OPERATORS = {
     "linear": lambda x: linear(x, x),
     "layer_norm": lambda x: layer_norm(x, (D,), None, None, 0.1),
     "recompute": lambda x: recompute(torch.sin, x),
-    "activation": lambda x: activation(x, nn.SiLU()),
+    "activation": lambda x: activation(x, nn.SiLU(), slope_of(nn.SiLU())),
     "dropout": lambda x: dropout(x, 0.5),
 }
 
@@ -290,7 +292,7 @@ def test_autocast_casts_as_torch_does():
 
         return function
 
-    ours = run(layer_norm, linear, lambda t: activation(t, nn.GELU()))
+    ours = run(layer_norm, linear, lambda t: activation(t, nn.GELU(), slope_of(nn.GELU())))
     compare(ours, run(F.layer_norm, F.linear, nn.GELU()), [x, w, b, scale], rtol=2e-2)
 
 

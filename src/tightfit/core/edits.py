@@ -30,6 +30,7 @@ __all__ = [
     "Edit",
     "Handle",
     "ModuleEdit",
+    "ModulesEdit",
     "ParameterEdit",
     "ParameterHandle",
     "Part",
@@ -78,6 +79,28 @@ class _MixinHandle(Handle):
             if is_tight(module, self.mixin):
                 loosen(module, self.mixin)
         self.modules = []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ModulesEdit(Edit):
+    """Give every module of one kind another forward, also those that the recipe's adapters have added.
+
+    `find` gets the model as it is when the edit runs, and returns its modules with the state of each.
+    """
+
+    slot: Slot = Slot.OPERATORS
+    kind: str
+    mixin: type
+    find: Callable[[nn.Module], list[tuple[nn.Module, dict[str, Any]]]]
+
+    @property
+    def target(self) -> str:
+        return f"({self.kind})"
+
+    def run(self, model: nn.Module) -> Handle:
+        found = self.find(model)
+        states = {id(module): state for module, state in found}
+        return _MixinHandle([module for module, _ in found], self.mixin, lambda module: states[id(module)])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,5 +1,5 @@
 """Activations that keep their inputs only, from which the linear layer behind them rebuilds the output."""
 
-from tightfit.ops.activation.torch import activation, gated_activation
+from tightfit.ops.activation.torch import activation, gated_activation, slope_of
 
-__all__ = ["activation", "gated_activation"]
+__all__ = ["activation", "gated_activation", "slope_of"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -17,36 +18,36 @@ Slope = Callable[[Tensor, Tensor], Tensor]
 
 
 def slope_of(function: Function) -> Slope | None:
-    """(grad, x) -> grad * f'(x) by torch's own kernel, or None where there is none for this function."""
-    if isinstance(function, (nn.SiLU, nn.GELU)):
-        tanh = getattr(function, "approximate", "none")
-    elif type(function).__name__ in ("SiLUActivation", "GELUActivation", "GELUTanh"):
-        tanh = "tanh" if type(function).__name__ == "GELUTanh" else "none"
-        if getattr(function, "act", nn.functional.gelu) is not nn.functional.gelu and "GELU" in type(function).__name__:
-            return None  # its own formula in plain torch
-    else:
-        return None
-    if "SiLU" in type(function).__name__:
+    """(grad, x) -> grad * f'(x) by torch's own kernel, or None where there is none for this function.
+
+    >>> slope_of(nn.ReLU()) is None
+    True
+    """
+    names = [cls.__name__ for cls in type(function).__mro__]
+    if "SiLU" in names or "SiLUActivation" in names:
         return aten.silu_backward
-    return lambda grad, x: aten.gelu_backward(grad, x, approximate=tanh)
+    if "GELU" in names:
+        return functools.partial(aten.gelu_backward, approximate=function.approximate)  # type: ignore[attr-defined]
+    if "GELUActivation" in names and function.act is nn.functional.gelu:  # type: ignore[attr-defined]
+        return functools.partial(aten.gelu_backward, approximate="none")
+    return None
 
 
-def activation(x: Tensor, function: Function) -> Tensor:
+def activation(x: Tensor, function: Function, slope: Slope | None = None) -> Tensor:
     """f(x) bit for bit, of which only x is kept: the linear layer behind it rebuilds f(x).
 
     Args:
-        function: pointwise and without parameters. SiLU and GELU have torch's own derivative; any other is run
-            again in backward.
+        function: pointwise and without parameters.
+        slope: its derivative, `slope_of(function)`; without one the function is run again in backward.
 
     Example:
         >>> x = torch.zeros(2, requires_grad=True)
-        >>> activation(x, nn.SiLU()).sum().backward()
+        >>> activation(x, nn.SiLU(), slope_of(nn.SiLU())).sum().backward()
         >>> x.grad.tolist()
         [0.5, 0.5]
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(x)
-    slope = slope_of(function)
     if slope is None:
         return recompute(function, x)
     return attach(_Activation.apply(x, function, slope), (x,), function)
@@ -66,12 +67,12 @@ class _Activation(torch.autograd.Function):
         return ctx.slope(grad, x), None, None
 
 
-def gated_activation(gate: Tensor, up: Tensor, function: Function) -> Tensor:
+def gated_activation(gate: Tensor, up: Tensor, function: Function, slope: Slope | None = None) -> Tensor:
     """f(gate) * up bit for bit (SwiGLU, GeGLU), of which gate and up are kept; stock keeps four tensors.
 
     Args:
         gate, up: (..., F).
-        function: as for `activation`.
+        function, slope: as for `activation`.
 
     Example:
         >>> gate, up = torch.zeros(2, requires_grad=True), torch.ones(2, requires_grad=True)
@@ -85,7 +86,6 @@ def gated_activation(gate: Tensor, up: Tensor, function: Function) -> Tensor:
 
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return product(gate, up)
-    slope = slope_of(function)
     if slope is None:
         return recompute(product, gate, up)
     return attach(_Gated.apply(gate, up, function, slope), (gate, up), product)
