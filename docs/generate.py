@@ -169,6 +169,38 @@ def planning_cost(result: dict[str, Any]) -> str:
     return text + "\n\n" + table(header, second) + "\n" + footer(result)
 
 
+def recommend(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["rows"]:
+        best, *others = row["recommended"]
+        rows.append(
+            [
+                row["model"],
+                mib(row["budget_bytes"]),
+                f"{best['recipe']}, {best['rows']} x {best['parts']}",
+                f"{mib(best['predicted_peak_bytes'])} / {mib(best['measured_peak_bytes'])}",
+                "; ".join(f"{other['recipe']}, {other['rows']} x {other['parts']}" for other in others) or "-",
+                "yes" if row["under_budget"] else "no",
+                f"{row['best_over_fastest']:.2f}",
+                f"{row['best_over_fastest_not_exact_either']:.2f}",
+                f"{row['recommend_seconds']:.0f}",
+            ]
+        )
+    header = [
+        "model",
+        "budget, MiB",
+        "first choice, rows x parts",
+        "its peak, MiB, predicted / measured",
+        "other choices",
+    ]
+    header += ["all under budget", "step time over the fastest alike", "... over the fastest of all", "CPU s to find"]
+    note = (
+        "\n\nThe fastest alike is the fastest recipe that fits and is exact where the first choice is; of all, exact "
+        "or not. Exact recipes go first by design, so the last ratio may be well above 1."
+    )
+    return table(header, rows) + note + "\n" + footer(result)
+
+
 def phase_errors(row: dict[str, Any]) -> dict[str, float]:
     """Signed relative error of the highest level of each phase."""
     return {p: row["predicted_phases"][p] / level - 1 for p, level in row["measured_phases"].items()}
@@ -194,6 +226,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "plan_accuracy.rows": plan_accuracy_rows,
     "extrapolation": extrapolation,
     "planning_cost": planning_cost,
+    "recommend": recommend,
 }
 
 
