@@ -162,6 +162,17 @@ def measure(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fal
 
 
 @app.command()
+def calibrate(
+    again: Annotated[bool, typer.Option("--again", help="measure even if this machine is known")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine once (about a minute), so that plans know how slow a recipe is."""
+    from tightfit.cli.calibrate import run_calibrate
+
+    run_calibrate(again, as_json)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="a new folder", show_default=False)],

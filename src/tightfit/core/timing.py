@@ -9,64 +9,26 @@ for their pages. Only ratios between two steps are promised: a busy machine is s
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import itertools
 import math
+import statistics
+from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from tightfit.core.microbench import FRESH_BYTES
+from tightfit.core.prices import NOTHING, Shape, along, base_name, price, product_seconds
 
 if TYPE_CHECKING:
     from tightfit.core.simulate import Simulation
 
-Shape = tuple[int, ...]
-
-FRESH_BYTES = 32 << 20
-"""glibc hands blocks above this size back to the system when they are freed, so each new one is faulted in again."""
-
 MEDIAN_ERROR, WORST_ERROR = 0.05, 0.15
-"""What the ratio of two step times is promised to be off by; benchmarks/scenarios/time_model.py measures it."""
+"""What the ratio of two step times is promised to be off by; benchmarks/scenarios/step_time.py measures it."""
 
-_KINDS = {
-    "add": "add sub mul maximum minimum where masked_fill logical_and bitwise_and bitwise_or le lt ge gt eq ne "
-    "add_bias rsub atan2 threshold_backward addcmul lerp",
-    "scale": "neg abs pow reciprocal relu clamp clamp_min clamp_max round floor ceil sign logical_not bitwise_not "
-    "isnan isinf threshold hardtanh leaky_relu triu tril",
-    "add_": "add_ sub_ mul_ div_ masked_fill_ copy_ where_ neg_ clamp_ index_add_ scatter_add_ "
-    "scatter_ index_put_ index_copy_ round_ abs_",
-    "lerp_": "lerp_",
-    "addcmul_": "addcmul_",
-    "addcdiv_": "addcdiv_",
-    "div": "div addcdiv remainder fmod floor_divide",
-    "sqrt": "sqrt rsqrt sqrt_",
-    "fill": "zeros_like ones_like full_like full zeros ones zero_ fill_ new_zeros new_ones new_full scalar_tensor "
-    "arange",
-    "copy": "clone cat stack _to_copy contiguous embedding index_select gather index repeat roll flip unfold "
-    "slice_scatter select_scatter index_put scatter scatter_add index_add constant_pad_nd slice_backward "
-    "select_backward embedding_dense_backward repeat_interleave _unsafe_index im2col col2im",
-    "exp": "exp exp_ log log_ log1p sigmoid sigmoid_backward sin cos softplus logit",
-    "tanh": "tanh tanh_backward",
-    "gelu": "gelu erf",
-    "gelu_backward": "gelu_backward",
-    "silu": "silu",
-    "silu_backward": "silu_backward",
-    "softmax": "_softmax _safe_softmax _log_softmax softmax log_softmax logsumexp",
-    "softmax_backward": "_softmax_backward_data _log_softmax_backward_data",
-    "layer_norm": "native_layer_norm _fused_rms_norm native_group_norm native_batch_norm",
-    "layer_norm_backward": "native_layer_norm_backward _fused_rms_norm_backward native_group_norm_backward",
-    "sum": "sum mean norm linalg_vector_norm amax amin max min argmax argmin var std any all cumsum prod",
-    "bernoulli_": "bernoulli_ native_dropout rand rand_like uniform_ bernoulli random_ randint",
-    "normal_": "normal_ randn randn_like exponential_ multinomial randperm",
-    "sort": "sort topk argsort",
-}
-KIND = {name: kind for kind, names in _KINDS.items() for name in names.split()}
-_NOTHING = {
-    *("_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias"),
-    *("_local_scalar_dense", "nll_loss_forward", "lift_fresh", "set_", "resize_", "is_same_size", "external"),
-}
-_BY_OUTPUT = {"embedding", "index_select", "gather", "index", "nll_loss_backward", "fill", "expand"}
-_FILLED = {"embedding_dense_backward", "slice_backward", "select_backward", "constant_pad_nd", "index_put"}
-_PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "linear": 0, "addmv": 1, "mv": 0}
-_ATTENTION = "_scaled_dot_product"
+UNSURE = 0.5
+"""Share of a step's growth of the heap that is taken to be fresh: whether a heap's freed top goes back to the system
+depends on what small block lies above it, which nothing here can know."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +55,36 @@ class Coefficients:
 
     def note(self) -> str:
         """One line on where the figures come from and how far off they may be."""
-        error = f"median {MEDIAN_ERROR:.0%}, at worst {WORST_ERROR:.0%}"
+        error = f"median {MEDIAN_ERROR:.0%}, at worst {WORST_ERROR:.0%}, checked on the CPU with one thread in fp32"
         if self.measured:
             return f"relative step time is predicted from this machine's calibration; expected error {error}"
         known = self.machine.get("device", "another machine")
         return (
-            f"relative step time is predicted with built-in coefficients ({known}); run tightfit.calibrate() for this "
-            f"machine's own (then: expected error {error})"
+            f"relative step time is predicted with built-in coefficients ({known}); run `tightfit calibrate` for "
+            f"this machine's own (then: expected error {error})"
         )
+
+    def headline(self) -> dict[str, float]:
+        """A few of the figures in units people know."""
+        tables = self.tables("float32")
+        product = product_seconds(tables["products"]["single"], 512, 512, 512)
+        (size, copying), (drawn, drawing) = tables["kinds"]["copy"][-1], tables["kinds"]["bernoulli_"][-1]
+        out = {
+            "matrix product 512 x 512 x 512, GFLOP/s": 2e-9 * 512**3 / product,
+            "copy out of cache, GB/s read and written": 8e-9 * size / copying,
+            "random draws, million/s": 1e-6 * drawn / drawing,
+        }
+        if self.fresh:
+            out["new memory from the system, GB/s"] = 1e-9 / self.fresh
+        for phase in ("forward", "backward", "recompute", "optimizer"):
+            out[f"before an operator of {phase} computes, us"] = 1e6 * self.dispatch[phase]
+        return out
+
+    def tables(self, dtype: str) -> dict[str, Any]:
+        """The tables of an element type; those of float32 stand in for one that was not measured."""
+        name = dtype.removeprefix("torch.")
+        name = name if name in self.kinds else "float32"
+        return {"kinds": self.kinds[name], "products": self.products[name], "attention": self.attention[name]}
 
     def to_json(self) -> dict[str, Any]:
         """The coefficients as JSON values."""
@@ -177,27 +161,77 @@ def step_time(simulation: Simulation, coefficients: Coefficients) -> StepTime:
     for phase, size in fresh_bytes(simulation).items():
         phases[phase] = size * coefficients.fresh
     kinds["fresh"] = sum(phases.values())
-    for (phase, operator, dtype, inputs, outputs), number in simulation.calls.items():
-        name = base_name(operator)
-        kind, seconds = _price(name, dtype, inputs, outputs, coefficients)
+    tables = {dtype: coefficients.tables(dtype) for dtype in {call[2] for call in simulation.calls}}
+    for (phase, operator, dtype, inputs, outputs), number in _warm(simulation):
+        kind, seconds = price(operator, inputs, outputs, tables[dtype])
         if kind == "unknown":
             unpriced.add(operator)
         seconds += coefficients.dispatch.get(phase, coefficients.dispatch["forward"])
         phases[phase] = phases.get(phase, 0.0) + number * seconds
         kinds[kind] = kinds.get(kind, 0.0) + number * seconds
+    for dtype, elements in untouched(simulation).items():
+        curves = coefficients.tables(dtype)["kinds"]
+        seconds = max(0.0, along(curves["sqrt_zero"], elements) - along(curves["sqrt"], elements))
+        phases["optimizer"] += seconds
+        kinds["sqrt of zeros"] = kinds.get("sqrt of zeros", 0.0) + seconds
     return StepTime(phases, kinds, frozenset(unpriced))
+
+
+def _warm(simulation: Simulation) -> Iterator[tuple[tuple, int]]:
+    """The calls of a step that is not the first: an optimizer's state was made in that one."""
+    for call, number in simulation.calls.items():
+        if call[0] != "optimizer" or base_name(call[1]) not in ("zeros_like", "zeros", "full"):
+            yield call, number
+
+
+def untouched(simulation: Simulation) -> dict[str, float]:
+    """Element type -> elements of embedding tables without a gradient of their own, of which the optimizer takes roots.
+
+    An Adam optimizer takes the root of every second moment, and that of an exact zero can cost many times that of
+    another number. Rows of an embedding that no batch has looked up have such moments; those of a table that is also
+    a head have not.
+    """
+    looked_up: dict[tuple[str, Shape], list[float]] = {}
+    added: Counter[Shape] = Counter()
+    roots: Counter[Shape] = Counter()
+    for (phase, operator, dtype, inputs, outputs), number in simulation.calls.items():
+        name = base_name(operator)
+        if name == "embedding_dense_backward":
+            rows, indices = outputs[0][0], math.prod(inputs[1])
+            share = math.exp(-indices / rows)  # of the rows, if the indices are drawn at random
+            looked_up.setdefault((dtype, outputs[0]), []).extend([share * math.prod(outputs[0])] * number)
+        elif phase in ("backward", "recompute") and name in ("add", "add_") and inputs[0] == inputs[-1]:
+            added[inputs[0]] += number
+        elif phase == "optimizer" and name == "sqrt":
+            roots[inputs[0]] += number
+        elif phase == "optimizer" and name == "_foreach_sqrt":
+            roots.update(inputs)
+    turns = micro_batches(simulation)
+    out: dict[str, float] = {}
+    for (dtype, shape), elements in looked_up.items():
+        joined = (added[shape] - (turns - 1) * roots[shape]) / turns
+        tables = min(roots[shape], len(elements) / turns - max(0, joined))
+        if tables > 0:
+            out[dtype] = out.get(dtype, 0.0) + tables * statistics.fmean(elements)
+    return out
+
+
+def micro_batches(simulation: Simulation) -> int:
+    """How many forward passes with a backward pass each the step has."""
+    pairs = itertools.pairwise(simulation.timeline.phases)
+    return 1 + sum(later == "forward" and before in ("backward", "recompute") for before, later in pairs)
 
 
 def fresh_bytes(simulation: Simulation) -> dict[str, float]:
     """Bytes per phase that a step's allocations fault in anew, the way glibc's allocator keeps and returns memory.
 
     Blocks above `FRESH_BYTES` always come from the system. The rest comes from a heap that keeps what was freed at
-    its top until that is twice the largest block freed so far, and then returns it.
+    its top until that is twice the largest block freed so far, and then returns it, unless something lies above it.
     """
     out: dict[str, float] = {}
     largest = 0
-    for (phase, operator, dtype, _, outputs), number in simulation.calls.items():
-        if base_name(operator).endswith("_") or base_name(operator) in _NOTHING:
+    for (phase, operator, dtype, _, outputs), number in _warm(simulation):
+        if base_name(operator).endswith("_") or base_name(operator) in NOTHING:
             continue
         width = 2 if "16" in dtype else 4
         for shape in outputs:
@@ -215,121 +249,8 @@ def fresh_bytes(simulation: Simulation) -> dict[str, float]:
                 high += change
             if level > high:
                 if turn:
-                    out[phase] = out.get(phase, 0.0) + level - high
+                    out[phase] = out.get(phase, 0.0) + UNSURE * (level - high)
                 high = level
             elif high - level > 1.9 * largest:
                 high = level
     return out
-
-
-def base_name(operator: str) -> str:
-    """The operator without namespace and overload.
-
-    >>> base_name("aten.add_.Tensor")
-    'add_'
-    """
-    return operator.split(".")[1] if "." in operator else operator
-
-
-def _price(name: str, dtype: str, inputs, outputs, c: Coefficients) -> tuple[str, float]:
-    if name in _NOTHING:
-        return "nothing", 0.0
-    if name in _PRODUCTS:
-        return "product", _product(name, inputs[_PRODUCTS[name] :], _of(c.products, dtype))
-    if name.startswith(_ATTENTION):
-        return "attention", _attention(name, inputs, outputs, _of(c.attention, dtype))
-    tables = _of(c.kinds, dtype)
-    if name.startswith(("_foreach", "_fused", "_amp_foreach")):
-        return "foreach", _lists(name, inputs, tables)
-    kind = KIND.get(name)
-    if name in _FILLED:
-        moved = math.prod(inputs[0]) if inputs else 0
-        return "copy", along(tables["fill"], _elements(outputs)) + along(tables["copy"], moved)
-    by_output = name in _BY_OUTPUT or kind == "fill"
-    size = _elements(outputs) if by_output else max(_largest(inputs), _largest(outputs))
-    if kind is None:
-        return "unknown", along(tables["copy"], size)
-    return kind, along(tables[kind], size)
-
-
-def _of(tables: dict[str, Any], dtype: str) -> Any:
-    """The tables of an element type; those of float32 stand in for one that was not measured."""
-    return tables.get(dtype.removeprefix("torch.")) or tables["float32"]
-
-
-def _elements(shapes) -> int:
-    return sum(math.prod(shape) for shape in shapes)
-
-
-def _largest(shapes) -> int:
-    return max((math.prod(shape) for shape in shapes), default=0)
-
-
-def _lists(name: str, inputs, tables) -> float:
-    """One operator over lists of tensors: it touches all of them once, tensor by tensor."""
-    if name.startswith("_fused"):
-        return 0.6 * along(tables["add_"], _elements(inputs))
-    return sum(along(tables["add_"], math.prod(shape)) for shape in inputs) / 2
-
-
-def _product(name: str, operands, tables) -> float:
-    if len(operands) < 2 or not operands[0]:
-        return 0.0
-    left, right = operands[0], operands[1]
-    k = left[-1]
-    if name == "linear":
-        right = right[::-1]
-    n = right[-1] if len(right) > 1 else 1
-    if len(left) == 3 and name != "linear":
-        return left[0] * product_seconds(tables["batched"], left[1], n, k)
-    return product_seconds(tables["single"], math.prod(left[:-1]), n, k)
-
-
-def product_seconds(table: dict[tuple[int, int, int], float], m: int, n: int, k: int) -> float:
-    """Seconds of an (m, k) by (k, n) product, interpolated on the logarithms; beyond the table it grows linearly."""
-    grid = sorted({dims[0] for dims in table})
-    scale, corners = 1.0, []
-    for size in (m, n, k):
-        size = max(1, size)
-        inside = min(max(size, grid[0]), grid[-1])
-        scale *= max(1.0, size / grid[-1])
-        upper = min(max(1, bisect.bisect_left(grid, inside)), len(grid) - 1)
-        low, high = grid[upper - 1], grid[upper]
-        weight = math.log(inside / low) / math.log(high / low)
-        corners.append(((low, 1 - weight), (high, weight)))
-    total = 0.0
-    for a, wa in corners[0]:
-        for b, wb in corners[1]:
-            for c, wc in corners[2]:
-                if wa * wb * wc:
-                    total += wa * wb * wc * math.log(table[a, b, c])
-    return scale * math.exp(total)
-
-
-def _attention(name: str, inputs, outputs, tables) -> float:
-    backward = "backward" in name
-    query, key = (inputs[1], inputs[2]) if backward else (inputs[0], inputs[1])
-    heads = math.prod(query[:-2])
-    work = heads * query[-2] * key[-2] * query[-1]
-    return work * along_rate(tables["backward" if backward else "forward"], key[-2])
-
-
-def along(points: list[tuple[int, float]], size: float) -> float:
-    """Seconds at `size` elements: straight lines between the points, from zero and beyond the last."""
-    if size <= points[0][0]:
-        return points[0][1] * size / points[0][0]
-    position = min(bisect.bisect_left([p[0] for p in points], size), len(points) - 1)
-    (low, first), (high, last) = points[position - 1], points[position]
-    if size >= high:
-        return last * size / high
-    return first + (last - first) * (size - low) / (high - low)
-
-
-def along_rate(points: list[tuple[int, float]], size: float) -> float:
-    """A rate at `size`, interpolated on the logarithm of the size and constant outside."""
-    if size <= points[0][0]:
-        return points[0][1]
-    for (low, first), (high, last) in itertools.pairwise(points):
-        if size <= high:
-            return first + (last - first) * math.log(size / low) / math.log(high / low)
-    return points[-1][1]

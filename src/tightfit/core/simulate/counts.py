@@ -27,6 +27,7 @@ _EXP = (
     "pow",
     "scaled_dot_product",
 )
+_SMALL = 1 << 10
 _NO_WORK = ("prim", "profiler")
 _RANDOM = ("bernoulli", "native_dropout", "rand", "normal_", "uniform_", "exponential_", "multinomial")
 
@@ -95,7 +96,8 @@ class Counts:
     """Work of a step, per phase number: FLOPs, bytes in and out, elements of exp-like and random ops, operators.
 
     `calls` has what the time model prices: (phase number, operator, element type, shapes of the tensor inputs, shapes
-    of the outputs) -> how often it runs.
+    of the outputs) -> how often it runs. "/permuted" or "/transposed" after the operator says that its last input lies
+    otherwise in memory than its output; the latter, that it is not read along its rows.
     """
 
     flops: dict[int, int] = dataclasses.field(default_factory=dict)
@@ -116,7 +118,7 @@ class Counts:
         for tensor in outputs:
             moved += tensor.numel() * tensor.element_size()
         _plus(self.bytes_moved, phase, moved)
-        call = (phase, facts.name, *_form(inputs, outputs))
+        call = (phase, facts.name + _layout(inputs, outputs), *_form(inputs, outputs))
         self.calls[call] = self.calls.get(call, 0) + 1
         if facts.flops is not None and outputs:
             # a formula may not know this signature: the operator is then counted by bytes alone
@@ -129,6 +131,16 @@ class Counts:
             _plus(self.exponentials, phase, elements)
         if facts.draws and outputs:
             _plus(self.draws, phase, outputs[0].numel())
+
+
+def _layout(inputs, outputs) -> str:
+    """How an operator's input lies in memory where its output of the same shape lies otherwise."""
+    if len(outputs) != 1 or not inputs:
+        return ""
+    source, made = inputs[-1], outputs[0]  # what copy_ reads is its last
+    if source.shape != made.shape or source.stride() == made.stride() or source.numel() <= _SMALL:
+        return ""
+    return "/permuted" if source.stride()[-1] in (0, 1) else "/transposed"
 
 
 def _form(inputs, outputs) -> tuple[str, tuple, tuple]:

@@ -1,0 +1,167 @@
+"""Predicted against measured step time relative to stock, with the coefficients of `tightfit calibrate`.
+
+Each configuration takes turns with its family's stock step in one process; with one thread the clock is the process's
+own CPU time, so other work on the machine does not count. No configuration is used by the calibration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import statistics
+from typing import Any
+
+import record
+import torch
+
+NAME = "step_time"
+QUICK = False
+ROUNDS = 15
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One configuration; what it does not name is the family's stock."""
+
+    family: str
+    name: str
+    batch: tuple[int, int] | None = None
+    methods: tuple[str, ...] = ()
+    attention: str = "sdpa"
+    dropout: bool = True
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "BERT 4 x 256": {"batch": (8, 128), "width": 256, "layers": 4, "heads": 4},
+    "BERT 6 x 384": {"batch": (8, 128), "width": 384, "layers": 6, "heads": 12},
+    "Llama 4 x 256": {"batch": (4, 128), "width": 256, "layers": 4, "heads": 4},
+    "Llama 4 x 512": {"batch": (2, 256), "width": 512, "layers": 4, "heads": 8},
+}
+
+
+def cases() -> list[Case]:
+    """All configurations, family by family."""
+    out = []
+    for family, stock in FAMILIES.items():
+        rows, length = stock["batch"]
+        short = (rows, length // 4)
+        out += [
+            Case(family, "checkpointing", methods=("Checkpointing",)),
+            Case(family, "LoRA", methods=("Lora",)),
+            Case(family, "LoRA + checkpointing", methods=("Lora", "Checkpointing")),
+            Case(family, "eager attention", attention="eager"),
+            Case(family, "short sequences", batch=short),
+            Case(family, "short sequences, checkpointing", batch=short, methods=("Checkpointing",)),
+            Case(family, "half the rows", batch=(rows // 2, length)),
+        ]
+        if family.startswith("BERT"):
+            out += [
+                Case(family, "no dropout", dropout=False),
+                Case(family, "no dropout, LoRA", dropout=False, methods=("Lora",)),
+            ]
+    return out
+
+
+def build(case: Case) -> torch.nn.Module:
+    """The case's model with random weights."""
+    from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+    size = FAMILIES[case.family]
+    shared = {
+        "hidden_size": size["width"],
+        "num_hidden_layers": size["layers"],
+        "num_attention_heads": size["heads"],
+        "attn_implementation": case.attention,
+    }
+    torch.manual_seed(0)
+    if case.family.startswith("BERT"):
+        if not case.dropout:
+            shared |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        return BertForSequenceClassification(BertConfig(**shared, intermediate_size=4 * size["width"]))
+    wide = 8 * size["width"] // 3 // 8 * 8
+    return LlamaForCausalLM(LlamaConfig(**shared, intermediate_size=wide, vocab_size=32_000))
+
+
+def recipe_of(case: Case):
+    import tightfit
+
+    return tightfit.chain(*(getattr(tightfit, name)() for name in case.methods))
+
+
+def batch_of(case: Case, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Random tokens, the last row a quarter shorter."""
+    from tightfit.core.simulate import example_batch
+
+    return example_batch(model, *(case.batch or FAMILIES[case.family]["batch"]))
+
+
+def stepper(case: Case):
+    """A whole training step of the case as a callable, and what keeps it alive."""
+    import tightfit
+
+    model = build(case)
+    batch = batch_of(case, model)
+    applied = tightfit.apply(model, recipe_of(case))
+    applied.model.train()
+    optimizer = applied.optimizer(torch.optim.AdamW, lr=1e-5)
+
+    def step() -> None:
+        applied.model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measured(case: Case, rounds: int = ROUNDS) -> tuple[float, float, float]:
+    """(ratio of the medians, ratio of the minima, seconds of stock) over rounds stock, case, stock, case ..."""
+    from tightfit.core.calibrate import clock
+
+    steps = [stepper(Case(case.family, "stock")), stepper(case)]
+    times: list[list[float]] = [[], []]
+    gc.collect()
+    for number in range(rounds + 2):
+        for step, found in zip(steps, times):
+            start = clock()
+            step()
+            if number > 1:
+                found.append(clock() - start)
+    stock, other = times
+    return statistics.median(other) / statistics.median(stock), min(other) / min(stock), statistics.median(stock)
+
+
+def simulation(case: Case):
+    import tightfit
+
+    model = build(case)
+    return tightfit.plan(model, recipe_of(case), batch=batch_of(case, model)).simulation
+
+
+def run() -> list[dict[str, Any]]:
+    """One row per configuration."""
+    from tightfit.core.calibrate import calibrate
+    from tightfit.core.timing import relative_step_time
+
+    torch.set_num_threads(1)
+    coefficients = calibrate(force=False)
+    rows: list[dict[str, Any]] = []
+    stocks: dict[str, Any] = {}
+    for case in cases():
+        if case.family not in stocks:
+            stocks[case.family] = simulation(Case(case.family, "stock"))
+        predicted = relative_step_time(simulation(case), stocks[case.family], coefficients)
+        median, least, seconds = measured(case)
+        row = {
+            "family": case.family,
+            "configuration": case.name,
+            "batch": case.batch or FAMILIES[case.family]["batch"],
+            "measured": median,
+            "measured_minima": least,
+            "predicted": predicted,
+            "error_percent": 100 * (predicted / median - 1),
+            "stock_seconds": seconds,
+        }
+        rows.append(row)
+        print(row, flush=True)
+    record.write(NAME, {"rounds": ROUNDS, "families": FAMILIES, "machine": coefficients.machine}, rows)
+    return rows
