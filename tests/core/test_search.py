@@ -15,6 +15,7 @@ from tightfit.core.transform import Transform
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 256}
 BATCH = (8, 64)
+METHODS = [tightfit.Checkpointing, tightfit.Lora]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def peaks(model):
 
 
 def test_the_stock_step_is_first_where_it_fits(model, peaks):
-    found = tightfit.recommend(model, batch=BATCH, budget=peaks[0])
+    found = tightfit.recommend(model, batch=BATCH, budget=peaks[0], methods=METHODS)
     best = found[0]
     assert best.recipe == tightfit.chain() and (best.batch_size, best.accumulation) == (8, 1)
     assert best.relative_step_time == pytest.approx(1.0)
@@ -46,21 +47,22 @@ def test_the_stock_step_is_first_where_it_fits(model, peaks):
 
 
 @pytest.mark.parametrize(
-    ("share", "tune"),
+    ("share", "tune", "methods"),
     [
-        (0.2, "full"),
-        pytest.param(0.7, "full", marks=pytest.mark.slow),
-        pytest.param(0.2, "adapters", marks=pytest.mark.slow),
-        pytest.param(0.7, "adapters", marks=pytest.mark.slow),
+        (0.2, "full", METHODS),
+        pytest.param(0.7, "full", METHODS, marks=pytest.mark.slow),
+        pytest.param(0.2, "adapters", METHODS, marks=pytest.mark.slow),
+        pytest.param(0.7, "adapters", METHODS, marks=pytest.mark.slow),
+        pytest.param(0.5, "any", None, marks=pytest.mark.slow),
     ],
 )
-def test_every_recommendation_run_for_real_stays_under_its_budget(model, peaks, share, tune):
+def test_every_recommendation_run_for_real_stays_under_its_budget(model, peaks, share, tune, methods):
     whole, single = peaks
     budget = round(single + share * (whole - single))
-    found = tightfit.recommend(model, batch=BATCH, budget=budget, tune=tune)
+    found = tightfit.recommend(model, batch=BATCH, budget=budget, tune=tune, methods=methods)
     for choice in found:
         assert choice.batch_size * choice.accumulation == BATCH[0]
-        assert (choice.recipe.exact) == (tune == "full")
+        assert tune == "any" or choice.recipe.exact == (tune == "full")
         measured = choice.plan.verify()
         assert measured.peak_bytes <= budget
         assert abs(measured.peak_error) < MARGIN["cpu"]
@@ -68,7 +70,7 @@ def test_every_recommendation_run_for_real_stays_under_its_budget(model, peaks, 
 
 @pytest.mark.slow
 def test_exact_recipes_only(model, peaks):
-    found = tightfit.recommend(model, batch=BATCH, budget=peaks[1] + 1, exact=True)
+    found = tightfit.recommend(model, batch=BATCH, budget=peaks[1] + 1, exact=True, methods=METHODS)
     assert found and all(choice.recipe.exact for choice in found)
     times = [choice.relative_step_time for choice in found]
     assert times == sorted(times)
@@ -107,11 +109,11 @@ def test_effective_batch(model, peaks):
 def test_pruning_keeps_the_best(model, peaks):
     """The pruned search finds as good a first choice as simulating everything."""
     budget = round(peaks[1] * 1.05)
-    groups = candidates(model, None, (), "any", False)
+    groups = candidates(model, METHODS, (), "any", False)
     options = {"optimizer": "adamw"}
     every = Search(model, BATCH, budget, None, dict(options)).run(groups, 3, prune=False)
     best = best_first(every, 3)[0]
-    found = tightfit.recommend(model, batch=BATCH, budget=budget)[0]
+    found = tightfit.recommend(model, batch=BATCH, budget=budget, methods=METHODS)[0]
     assert found.recipe.exact == best.recipe.exact
     assert found.relative_step_time <= best.relative_step_time * (1 + INDIFFERENT)
 
@@ -164,7 +166,7 @@ def test_progress_is_told(model, peaks):
 
 def test_nothing_fits(model):
     with pytest.raises(tightfit.BudgetError) as caught:
-        tightfit.recommend(model, batch=BATCH, budget="300KiB")
+        tightfit.recommend(model, batch=BATCH, budget="300KiB", methods=METHODS)
     text = str(caught.value)
     assert "no recipe fits 300KiB" in text and "the smallest peak found is" in text
     assert "with 1 row at a time" in text and "give at least that much" in text

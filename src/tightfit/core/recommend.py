@@ -106,7 +106,8 @@ def recommend(
         >>> import tightfit
         >>> from transformers import BertConfig
         >>> model = tightfit.skeleton(BertConfig(num_hidden_layers=1), task="sequence-classification")
-        >>> for choice in tightfit.recommend(model, batch=(16, 64), budget="800MiB", tune="full"):
+        >>> methods = [tightfit.Checkpointing, tightfit.Lora(rank=32)]
+        >>> for choice in tightfit.recommend(model, batch=(16, 64), budget="800MiB", tune="full", methods=methods):
         ...     print(choice.recipe, choice.batch_size, choice.accumulation)
         stock 16 1
         Checkpointing 16 1

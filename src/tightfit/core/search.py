@@ -7,6 +7,7 @@ among the best is not simulated: more methods and slower than a recipe that fits
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -25,10 +26,12 @@ from tightfit.core.transform import Transform
 
 MARGIN = {"cpu": 0.003, "cuda": 0.06}
 """A prediction may be this much under what is measured; a recipe fits only with that much to spare."""
-FAR_SLOWER = 1.25
+FAR_SLOWER = 1.15
 """Once two recipes fit, one that promises to be slower than the better one by more than this is not tried."""
 ROUGH = 1.1
 """An estimate of a smaller batch's step may be this much above the truth."""
+AS_FAST = 0.05
+"""Predicted times closer than this may be the other way round."""
 MOST_TRANSFORMS = 3
 MOST_SIMULATIONS = 60
 MOST_MORE = 2
@@ -36,6 +39,8 @@ MOST_MORE = 2
 _REFUSALS = (SimulationError, UnsupportedModelError, StateError, ValueError)
 
 Progress = Callable[[int, int], None]
+Names = frozenset[int]
+"""Numbers of the methods in a recipe."""
 
 
 def need(found: Plan) -> int:
@@ -89,6 +94,8 @@ class Search:
         self.drafts: dict[Recipe, Draft] = {}
         self.coefficients = coefficients()
         self.progress, self.expected = progress, 1
+        self.groups: list[list[Transform]] = []
+        self.found: dict[Names, Fit] = {}
 
     def run(
         self, groups: list[list[Transform]], limit: int, *, adapters: bool = False, prune: bool = True
@@ -105,76 +112,114 @@ class Search:
             SimulationError: the stock step cannot be simulated.
         """
         self.expected = 1 + len(groups)
-        top = self.sizes[-1]
-        self.stock_time = self._seconds(self._plan(Recipe(), top), self.effective // top)
-        found: dict[frozenset[int], Fit] = {}
-        none: frozenset[int] = frozenset()
+        self.groups, self.found = groups, {}
+        stock = self._plan(Recipe(), self.sizes[-1])
+        self.stock_time = self._seconds(stock, self.effective // self.sizes[-1])
+        self.state_share = stock.by_category["optimizer"] / self._draft(Recipe()).gradient_bytes
         if not adapters and (fit := self._fit(Recipe())) is not None:
-            found[none] = fit
-        alone = {i: self._ratio(group[0]) for i, group in enumerate(groups)}
-        ratios = {i: ratio for i, ratio in alone.items() if ratio is not None}
-        queue = [frozenset(c) for n in range(1, MOST_TRANSFORMS + 1) for c in itertools.combinations(ratios, n)]
+            self.found[frozenset()] = fit
+        works = [i for i in range(len(groups)) if self._whole_time(frozenset([i])) is not None]
+        queue = [frozenset(c) for n in range(1, MOST_TRANSFORMS + 1) for c in itertools.combinations(works, n)]
         freezing: set[int] | None = None
         if adapters:
-            freezing = {i for i in ratios if freezes(groups[i][0], self.model)}
+            freezing = {i for i in works if freezes(groups[i][0], self.model)}
             queue = [names for names in queue if names & freezing]
-        exact = {names: all(groups[i][0].is_exact() for i in names) for names in queue} | {none: True}
-        promise = {names: math.prod(ratios[i] for i in names) for names in queue}
-        queue.sort(key=lambda names: (not exact[names], promise[names], len(names)))
+        queue.sort(key=lambda names: (not self._is_exact(names), self._promise(names), len(names)))
         beaten = []
         for at, names in enumerate(queue):
-            if prune:
-                if len(self.plans) >= MOST_SIMULATIONS:
-                    break
-                if self._is_beaten(names, promise[names], found, exact, limit):
-                    beaten.append(names)
-                    continue
+            if prune and len(self.plans) >= MOST_SIMULATIONS:
+                break
+            if prune and self._is_beaten(names, limit):
+                beaten.append(names)
+                continue
             self.expected = len(self.plans) + len(queue) - at
-            fit = self._mildest([groups[i] for i in sorted(names)])
-            if fit is not None:
-                found[names] = fit
-        if not found:
+            self._try(names, prune)
+        if not self.found:
             return self._last_resort(groups, freezing)
         tries = 0
         for names in beaten:
-            recipe = chain(*(groups[i][0] for i in sorted(names)))
-            known = (recipe, self.sizes[-1]) in self.plans
-            if not known and (len(found) > 1 or tries == MOST_MORE):
-                continue
-            tries += not known
-            if self._fits_whole(recipe):
-                found[names] = self._made(recipe, self.sizes[-1])
-        return list(found.values())
+            known = (self._first(names), self.sizes[-1]) in self.plans
+            if known or (len(self.found) == 1 and tries < MOST_MORE):
+                tries += not known
+                self._try_whole(names)
+        return list(self.found.values())
 
-    def _ratio(self, transform: Transform) -> float | None:
-        """Step time of one method alone, whole batch, as a ratio to stock; None where it does not work on the model."""
-        recipe = chain(transform)
+    def _try(self, names: Names, prune: bool) -> None:
+        if prune and self._is_second(names) and len(self._alike(names)) > 1:
+            self._try_whole(names)  # one more alternative is not worth looking for its micro-batch
+            return
+        fit = self._mildest([self.groups[i] for i in sorted(names)], only_first=prune and bool(self.found))
+        if fit is not None:
+            self.found[names] = fit
+
+    def _try_whole(self, names: Names) -> None:
+        recipe = self._first(names)
+        with contextlib.suppress(*_REFUSALS):
+            if need(self._plan(recipe, self.sizes[-1])) <= self.budget:
+                self.found[names] = self._made(recipe, self.sizes[-1])
+
+    # -- what is known before a recipe is simulated ------------------------------------------------------------------
+
+    def _first(self, names: Names) -> Recipe:
+        return chain(*(self.groups[i][0] for i in sorted(names)))
+
+    def _is_exact(self, names: Names) -> bool:
+        return self._first(names).exact
+
+    def _whole_time(self, names: Names, *, simulate: bool = True) -> float | None:
+        """Step time on the whole batch as a ratio to stock; None where it does not work or was not simulated."""
+        recipe, top = self._first(names), self.sizes[-1]
+        if not simulate and (recipe, top) not in self.plans:
+            return None
         try:
-            top = self.sizes[-1]
             return self._seconds(self._plan(recipe, top), self.effective // top) / self.stock_time
         except _REFUSALS:
             return None
 
-    def _is_beaten(self, names, promise: float, found, exact, limit: int) -> bool:
-        """Whether a recipe cannot be among the best: slower than a part of itself, or than all that will be shown."""
-        if any(other < names and fit.time <= promise for other, fit in found.items()):
+    def _promise(self, names: Names) -> float:
+        """Expected step time on the whole batch: methods are taken to act independently, as far as not simulated."""
+        known = self._whole_time(names, simulate=False)
+        if known is not None:
+            return known
+        expected = [math.prod(self._promise(frozenset([i])) for i in names)] if len(names) > 1 else [1.0]
+        for i in names:
+            rest = self._whole_time(names - {i}, simulate=False) if len(names) > 2 else None
+            if rest is not None:  # two methods may spare the same work, so the slower estimate counts
+                expected.append(rest * self._promise(frozenset([i])))
+        return max(expected)
+
+    def _alike(self, names: Names) -> list[float]:
+        """Times of what fits and is exact, or not, as this recipe is."""
+        exact = self._is_exact(names)
+        return sorted(fit.time for fit in self.found.values() if fit.recipe.exact == exact)
+
+    def _is_beaten(self, names: Names, limit: int) -> bool:
+        """Whether a recipe is not worth showing: slower than a part of itself, or than all that will be shown."""
+        promise = self._promise(names)
+        if any(other < names and fit.time <= promise for other, fit in self.found.items()):
             return True
-        alike = sorted(fit.time for other, fit in found.items() if exact[other] == exact[names])
+        alike, exact = self._alike(names), self._is_exact(names)
         if len(alike) > 1 and promise > FAR_SLOWER * alike[0]:
             return True
-        places = limit if exact[names] else max(1, limit - sum(exact[other] for other in found))
+        places = limit if exact else max(1, limit - sum(fit.recipe.exact for fit in self.found.values()))
         return len(alike) >= places and promise > alike[places - 1]
 
-    def _fits_whole(self, recipe: Recipe) -> bool:
-        try:
-            return need(self._plan(recipe, self.sizes[-1])) <= self.budget
-        except _REFUSALS:
-            return False
+    def _is_second(self, names: Names) -> bool:
+        """Whether something that fits is surely faster: it is so already, or it is this recipe and more, as fast."""
+        promise, alike, top = self._promise(names), self._alike(names), self.sizes[-1]
+        if alike and promise > alike[0]:
+            return True
+        for other, fit in self.found.items():
+            if names < other and fit.size < top and self._is_exact(other) == self._is_exact(names):
+                whole = self._whole_time(other, simulate=False)
+                if whole is not None and whole <= promise * (1 + AS_FAST):
+                    return True
+        return False
 
-    def _mildest(self, groups: list[list[Transform]]) -> Fit | None:
+    def _mildest(self, groups: list[list[Transform]], only_first: bool) -> Fit | None:
         """The mildest values of these methods that fit together: all first ones, all second ones, and so on."""
         before = None
-        for turn in range(max(map(len, groups))):
+        for turn in range(1 if only_first else max(map(len, groups))):
             recipe = chain(*(group[min(turn, len(group) - 1)] for group in groups))
             try:
                 if before is not None and not self._may_fit_after(recipe, before):
@@ -199,15 +244,11 @@ class Search:
     def _fit(self, recipe: Recipe) -> Fit | None:
         """The largest micro-batch at which the recipe fits."""
         top = self.sizes[-1]
-        floor = self._draft(recipe).static_bytes
-        if floor > self.budget:
+        if self._held(recipe) > self.budget:
             return None
-        whole = self._plan(recipe, top)
+        whole, smaller = self._plan(recipe, top), self.sizes[:-1]
         if need(whole) <= self.budget:
             return self._made(recipe, top)
-        if floor + whole.by_category["optimizer"] > self.budget:
-            return None
-        smaller = self.sizes[:-1]
         guesses = {n: estimate(whole.simulation, n / top) for n in smaller}
         if not smaller or guesses[smaller[0]] > ROUGH * self.budget:
             return None
@@ -224,6 +265,11 @@ class Search:
             else:
                 high = at
         return None if best is None else self._made(recipe, best)
+
+    def _held(self, recipe: Recipe) -> int:
+        """Weights, gradients and, for optimizers whose state goes by the gradients, the state: there at any batch."""
+        draft = self._draft(recipe)
+        return draft.static_bytes + round(0.95 * self.state_share * draft.gradient_bytes)
 
     def _made(self, recipe: Recipe, size: int) -> Fit:
         found, turns = self._plan(recipe, size), self.effective // size
