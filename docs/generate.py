@@ -138,6 +138,17 @@ def plan_accuracy_rows(result: dict[str, Any]) -> str:
     return table([*header, *(f"{p.replace('_', ' ')}, %" for p in phases)], rows) + "\n" + footer(result)
 
 
+def activations(result: dict[str, Any]) -> str:
+    stock = {row["model"]: row for row in result["rows"] if row["recipe"] == "stock"}
+    rows = []
+    for row in result["rows"]:
+        base = stock[row["model"]]
+        ratios = [f"{row[key] / base[key]:.3f}" for key in ("peak_bytes", "saved_bytes")]
+        rows.append([row["model"], row["batch"], row["recipe"], mib(row["peak_bytes"]), *ratios])
+    header = ["model", "batch", "recipe", "peak of forward and backward above the weights, MiB", "of stock"]
+    return table([*header, "saved bytes, of stock"], rows) + "\n" + footer(result)
+
+
 def extrapolation(result: dict[str, Any]) -> str:
     rows = [
         [
@@ -201,6 +212,29 @@ def recommend(result: dict[str, Any]) -> str:
     return table(header, rows) + note + "\n" + footer(result)
 
 
+def step_time(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["family"],
+            row["configuration"],
+            " x ".join(map(str, row["batch"])),
+            f"{row['measured']:.3f} ({row['measured_least']:.3f})",
+            f"{row['predicted']:.3f}",
+            f"{row['error_percent']:+.1f} ({row['error_to_least_percent']:+.1f})",
+        ]
+        for row in result["rows"]
+    ]
+    sizes = [sorted(abs(row[key]) for row in result["rows"]) for key in ("error_percent", "error_to_least_percent")]
+    (middle, worst), (other, other_worst) = ((statistics.median(s), s[-1]) for s in sizes)
+    header = ["model", "configuration", "batch", "measured step time / stock (of the fastest steps)"]
+    note = (
+        f"\n\nError over {len(rows)} configurations: median {middle:.1f} %, worst {worst:.1f} % (beside the ratio of "
+        f"the fastest steps: {other:.1f} %, {other_worst:.1f} %). Calibrated in "
+        f"{result['config']['calibration_seconds']} s."
+    )
+    return table([*header, "predicted", "error, %"], rows) + note + "\n" + footer(result)
+
+
 def phase_errors(row: dict[str, Any]) -> dict[str, float]:
     """Signed relative error of the highest level of each phase."""
     return {p: row["predicted_phases"][p] / level - 1 for p, level in row["measured_phases"].items()}
@@ -224,9 +258,11 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "vocabulary_shares": vocabulary_shares,
     "plan_accuracy": plan_accuracy,
     "plan_accuracy.rows": plan_accuracy_rows,
+    "activations": activations,
     "extrapolation": extrapolation,
     "planning_cost": planning_cost,
     "recommend": recommend,
+    "step_time": step_time,
 }
 
 

@@ -24,7 +24,7 @@ from tightfit.core.recipe import Recipe, chain
 from tightfit.core.recommend import Choice, recommend
 from tightfit.core.skeleton import skeleton
 from tightfit.core.transform import Slot, Transform
-from tightfit.methods import Checkpointing, Lora, PartialEmbedding, methods
+from tightfit.methods import Checkpointing, FusedOps, Lora, PartialEmbedding, methods
 
 __all__ = [
     "Applied",
@@ -34,6 +34,7 @@ __all__ = [
     "Choice",
     "ConflictError",
     "DataError",
+    "FusedOps",
     "Lora",
     "Measurement",
     "PartialEmbedding",

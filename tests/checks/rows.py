@@ -9,7 +9,7 @@ from typing import Any
 import models
 from checks.transforms import CountCalls, HalfTable, OwnLinear, SwapTokens, Tape
 
-from tightfit import Checkpointing, Lora, PartialEmbedding
+from tightfit import Checkpointing, FusedOps, Lora, PartialEmbedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,7 @@ ROWS = [
     Row("dora", _dora, keeps_names=False, exact=False),
     Row("checkpointing", lambda model: Checkpointing()),
     Row("checkpointing-offload", lambda model: Checkpointing(offload=True)),
+    Row("fused-ops", lambda model: FusedOps()),
     Row("partial-embedding", _partial()),
     Row("partial-embedding-split", _partial(head="split"), exact=ENCODERS),
     Row("partial-embedding-pruned", _partial(head="pruned"), exact=ENCODERS, merges_equal=False),

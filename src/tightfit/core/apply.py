@@ -41,7 +41,8 @@ def resolve(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[Transform, Edi
     planned = [] if conflicts else [(t, edit) for t in recipe for edit in t.edits(model, context)]
     for transform, edit in planned:
         assert edit.slot in transform.touches, f"{type(transform).__name__} does not declare slot {edit.slot.label}"
-    planned.sort(key=lambda pair: (pair[1].slot, pair[0].name))
+    # within a slot, an edit that owns its place comes before those that make room for it
+    planned.sort(key=lambda pair: (pair[1].slot, not pair[1].exclusive, pair[0].name))
     return planned, conflicts + find_conflicts(planned)
 
 

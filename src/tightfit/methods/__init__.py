@@ -3,10 +3,11 @@
 from tightfit.core.recipe import method_classes
 from tightfit.core.transform import Transform
 from tightfit.methods.checkpointing import Checkpointing
+from tightfit.methods.fused_ops import FusedOps
 from tightfit.methods.lora import Lora
 from tightfit.methods.partial_embedding import PartialEmbedding
 
-__all__ = ["Checkpointing", "Lora", "PartialEmbedding", "methods"]
+__all__ = ["Checkpointing", "FusedOps", "Lora", "PartialEmbedding", "methods"]
 
 
 def methods() -> list[type[Transform]]:
@@ -15,6 +16,6 @@ def methods() -> list[type[Transform]]:
     Example:
         >>> import tightfit
         >>> [m.name for m in tightfit.methods() if m.exact]
-        ['checkpointing', 'partial-embedding']
+        ['checkpointing', 'fused-ops', 'partial-embedding']
     """
     return [cls for cls in method_classes().values() if cls.__module__.startswith("tightfit.methods")]

@@ -102,7 +102,9 @@ class _Rerun(Joint):
     def backward(self, kept, parameters, grad):
         """The output again, and the gradients of inputs and parameters."""
         inputs = [t.detach().requires_grad_(need) for t, need in zip(kept, self.needs)]
-        with torch.enable_grad(), self.as_in_forward(grad.device.type):
+        # what this short graph keeps is no affair of hooks that look at, or move, what the step keeps
+        apart = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+        with torch.enable_grad(), self.as_in_forward(grad.device.type), apart:
             out = self._make(*inputs)
         tensors = (*inputs, *parameters)
         wanted = [t for t in tensors if t.requires_grad]
@@ -132,7 +134,9 @@ class _Recompute(torch.autograd.Function):
     def forward(ctx, rerun, *tensors):
         ctx.rerun = rerun
         ctx.save_for_backward(*tensors)
-        return rerun._make(*tensors[: len(rerun.needs)])
+        out = rerun._make(*tensors[: len(rerun.needs)])
+        # a view would hand its own base, not this tensor, to the views that are made of it later
+        return out if out._base is None else out.new_empty(0).set_(out)
 
     @staticmethod
     def backward(ctx, grad):

@@ -31,6 +31,7 @@ def attention(
     The linear layer behind it forms the gradient of the output first; the attention is then run again with its
     backward, and the layer gets the output for its own weight from there.
     """
+    q, k, v = _trimmed(q, k, v)
     if mask is None:
         return recompute(lambda q, k, v: call(q, k, v, None), q, k, v, joint=True, random=random)
     return recompute(call, q, k, v, mask, joint=True, random=random)
@@ -57,6 +58,7 @@ def dropout_attention(
     Raises:
         RuntimeError: on double backward.
     """
+    q, k, v = _trimmed(q, k, v)
     if causal:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     if mask is not None and mask.dtype == torch.bool:
@@ -66,6 +68,16 @@ def dropout_attention(
     out, packed = _DropoutAttention.apply(joint, q, k, v, mask)
     kept = (packed, q, k, v) if mask is None else (packed, q, k, v, mask)
     return attach(out, kept, joint)
+
+
+def _trimmed(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, copied where keeping one would keep a larger memory alive (a part of a joint projection)."""
+    used: dict[int, int] = {}
+    for t in tensors:
+        key = t.untyped_storage()._cdata
+        used[key] = used.get(key, 0) + t.nbytes
+    whole = [t.untyped_storage().nbytes() <= used[t.untyped_storage()._cdata] for t in tensors]
+    return [t if fits else t.clone(memory_format=torch.contiguous_format) for t, fits in zip(tensors, whole)]
 
 
 class _DropoutJoint(Joint):

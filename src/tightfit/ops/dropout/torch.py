@@ -41,7 +41,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 def _behind(before: Rebuild, p: float, shape: torch.Size, dtype: torch.dtype):
     def make(packed: Tensor, *kept: Tensor) -> Tensor:
-        return before.make(kept, None) * _noise(packed, p, shape, dtype)
+        return before.make(kept, None).view(shape) * _noise(packed, p, shape, dtype)
 
     return make
 

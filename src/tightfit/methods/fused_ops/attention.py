@@ -1,0 +1,90 @@
+"""Switches a model's attention to the one that keeps q, k and v only."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from tightfit.core.edits import Edit, Handle
+from tightfit.core.transform import Slot
+from tightfit.ops.attention import attention, dropout_attention
+
+STOCK = "sdpa"
+OURS = "tightfit_sdpa"
+_PLAIN = ("position_bias", "cache", "softcap", "output_attentions")
+
+
+def supports(model: nn.Module) -> bool:
+    """Whether the model takes its attention from transformers' registry, and runs torch's attention now."""
+    backend = getattr(model, "_supports_attention_backend", False) or getattr(model, "_supports_sdpa", False)
+    config: Any = getattr(model, "config", None)
+    return bool(backend) and getattr(config, "_attn_implementation", None) == STOCK
+
+
+def fused_sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+    """transformers' sdpa attention; where a gradient is wanted, its probabilities and its output are not kept.
+
+    Args:
+        query: (B, H, L, D); key, value: (B, H_kv, S, D).
+
+    Returns:
+        ((B, L, H, D), None), bit for bit what the stock function gives.
+    """
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    def stock(q, k, v, mask):
+        return sdpa_attention_forward(module, q, k, v, mask, dropout, scaling, is_causal, **kwargs)[0]
+
+    needs = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    learned = attention_mask is not None and attention_mask.requires_grad
+    odd = any(kwargs.get(name) is not None and kwargs[name] is not False for name in _PLAIN)
+    if not needs or learned or odd or torch.compiler.is_compiling():
+        return stock(query, key, value, attention_mask), None
+    if dropout == 0 or query.device.type != "cpu":
+        return attention(stock, query, key, value, attention_mask, random=dropout > 0), None
+    groups = query.shape[1] // key.shape[1]
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    causal = bool(causal) and query.shape[2] > 1 and attention_mask is None
+    if attention_mask is not None:
+        attention_mask = attention_mask[..., : key.shape[2]]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    return dropout_attention(query, key, value, attention_mask, dropout, scale=scaling, causal=causal), None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionEdit(Edit):
+    """Set the model's attention implementation, and set it back."""
+
+    slot: Slot = Slot.OPERATORS
+    exclusive: bool = True
+
+    @property
+    def target(self) -> str:
+        return "(attention)"
+
+    def run(self, model: nn.Module) -> Handle:
+        return _AttentionHandle(model)
+
+
+class _AttentionHandle(Handle):
+    def __init__(self, model: Any):
+        from transformers import AttentionInterface
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+        AttentionInterface.register(OURS, fused_sdpa)
+        AttentionMaskInterface.register(OURS, ALL_MASK_ATTENTION_FUNCTIONS[STOCK])  # or the mask is silently None
+        _set(model, STOCK, OURS)
+
+    def undo(self, model: Any) -> None:
+        _set(model, OURS, STOCK)
+
+
+def _set(model: Any, old: str, new: str) -> None:
+    """Set it on every config of the model that has the old one; `set_attn_implementation` would also check kernels."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    for config in configs.values():
+        if getattr(config, "_attn_implementation_internal", None) == old:
+            config._attn_implementation_internal = new

@@ -1,0 +1,170 @@
+"""Which modules of a model have a fused form, and those forms as mixins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from tightfit.core import hfmodel
+from tightfit.core.tight import state_of
+from tightfit.methods.fused_ops import probe
+from tightfit.ops.activation import activation, gated_activation, slope_of
+from tightfit.ops.dropout import dropout
+from tightfit.ops.linear import linear
+from tightfit.ops.norm import layer_norm, rms_norm
+
+Found = list[tuple[nn.Module, dict[str, Any]]]
+Chosen = Callable[[str], bool]
+
+GATED = (
+    ("gate_proj", "up_proj", "down_proj", "act_fn"),
+    ("gate_proj", "up_proj", "down_proj", "activation_fn"),
+    ("wi_0", "wi_1", "wo", "act"),
+)
+"""Names that gated MLPs give to (gate, up, down, activation); what the module computes is tried."""
+
+
+class FusedLinear:
+    """A linear layer that keeps the source of its input."""
+
+    def forward(self, x):
+        if not self.weight.requires_grad:  # type: ignore[attr-defined]
+            return super().forward(x)  # type: ignore[misc]
+        state = state_of(self, FusedLinear)  # type: ignore[arg-type]
+        weight, bias = self.weight, self.bias  # type: ignore[attr-defined]
+        return linear(x, weight, bias, transposed=state["transposed"], sole=state["sole"])
+
+
+class FusedLayerNorm:
+    """A layer norm whose output is rebuilt."""
+
+    def forward(self, x):
+        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)  # type: ignore[attr-defined]
+
+
+class FusedRMSNorm:
+    """A root-mean-square norm that keeps its input only."""
+
+    def forward(self, x):
+        state = state_of(self, FusedRMSNorm)  # type: ignore[arg-type]
+        return rms_norm(x, self.weight, state["eps"], super().forward, offset=state["offset"])  # type: ignore[misc, attr-defined]
+
+
+class FusedActivation:
+    """An activation whose output is rebuilt."""
+
+    def forward(self, x):
+        slope = state_of(self, FusedActivation)["slope"]  # type: ignore[arg-type]
+        return activation(x, super().forward, slope)  # type: ignore[misc]
+
+
+class FusedGate:
+    """A gated MLP that keeps gate and up."""
+
+    def forward(self, x):
+        gate, up, down, act = state_of(self, FusedGate)["names"]  # type: ignore[arg-type]
+        function = getattr(self, act)
+        product = gated_activation(getattr(self, gate)(x), getattr(self, up)(x), function, slope_of(function))
+        return getattr(self, down)(product)
+
+
+class FusedDropout:
+    """Dropout that keeps bits."""
+
+    def forward(self, x):
+        if not self.training or self.inplace:  # type: ignore[attr-defined]
+            return super().forward(x)  # type: ignore[misc]
+        return dropout(x, self.p)  # type: ignore[attr-defined]
+
+
+def linears(chosen: Chosen) -> Callable[[nn.Module], Found]:
+    """Unquantised linear layers, the adapters' own included."""
+
+    def find(model: nn.Module) -> Found:
+        found = []
+        adapted = [name for name, module in model.named_modules() if hfmodel.is_adapter(module)]
+        for name, module in _matching(model, chosen):
+            plain = type(module).forward is nn.Linear.forward or hfmodel.is_conv1d(module)
+            weight = getattr(module, "weight", None)
+            if plain and isinstance(weight, nn.Parameter) and weight.dtype.is_floating_point:
+                sole = not any(name.startswith(f"{adapter}.") for adapter in adapted)
+                found.append((module, {"transposed": hfmodel.is_conv1d(module), "sole": sole}))
+        return found
+
+    return find
+
+
+def layer_norms(chosen: Chosen) -> Callable[[nn.Module], Found]:
+    """Every nn.LayerNorm."""
+    return lambda model: [(m, {}) for _, m in _matching(model, chosen) if type(m).forward is nn.LayerNorm.forward]
+
+
+def rms_norms(chosen: Chosen) -> Callable[[nn.Module], Found]:
+    """Modules that are tried to be root-mean-square norms over their last dimension."""
+
+    def find(model: nn.Module) -> Found:
+        found = []
+        for _, module in _matching(model, chosen):
+            settings = vars(module)
+            eps = settings.get("variance_epsilon", settings.get("eps"))
+            weight = module._parameters.get("weight")
+            if (
+                not isinstance(eps, float)
+                or weight is None
+                or weight.dim() != 1
+                or len(module._parameters) != 1
+                or module._modules
+            ):
+                continue
+            offset = probe.rms_offset(module, eps)
+            if offset is not None:
+                found.append((module, {"eps": eps, "offset": offset}))
+        return found
+
+    return find
+
+
+def activations(chosen: Chosen) -> Callable[[nn.Module], Found]:
+    """Pointwise modules without parameters, but for those of gated MLPs and for ReLU, whose output is kept once."""
+
+    def find(model: nn.Module) -> Found:
+        inside = {id(getattr(module, state["names"][3])) for module, state in gates(chosen)(model)}
+        found = []
+        for _, module in _matching(model, chosen):
+            name = type(module).__name__
+            if next(module.parameters(), None) is not None or module._modules or id(module) in inside:
+                continue
+            if ("GELU" in name or "SiLU" in name or "Activation" in name) and probe.is_pointwise(module):
+                found.append((module, {"slope": slope_of(module)}))
+        return found
+
+    return find
+
+
+def gates(chosen: Chosen) -> Callable[[nn.Module], Found]:
+    """Gated MLPs."""
+
+    def find(model: nn.Module) -> Found:
+        found = []
+        for _, module in _matching(model, chosen):
+            names = next((n for n in GATED if all(hasattr(module, part) for part in n)), None)
+            if names is not None and probe.is_gated(module, names):
+                found.append((module, {"names": names}))
+        return found
+
+    return find
+
+
+def dropouts(chosen: Chosen) -> Callable[[nn.Module], Found]:
+    """Every nn.Dropout that drops."""
+    return lambda model: [(m, {}) for _, m in _matching(model, chosen) if type(m) is nn.Dropout and m.p > 0]
+
+
+def _matching(model: nn.Module, chosen: Chosen) -> Iterator[tuple[str, nn.Module]]:
+    """Modules below the model, each once, that `where` names by their stock name."""
+    for name, module in model.named_modules():
+        if name and not isinstance(module, (nn.ModuleList, torch.jit.ScriptModule)) and chosen(name):
+            yield name, module

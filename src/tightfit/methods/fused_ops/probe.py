@@ -1,0 +1,69 @@
+"""Checks by trial that a module computes what its fused form assumes; nothing is decided by a model's name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+TOLERANCE = 1e-4
+
+
+def rms_offset(module: nn.Module, eps: float) -> float | None:
+    """0 or 1 where the module is `(offset + weight) * x / sqrt(mean(x^2) + eps)`, None where it is something else."""
+    twin = _alone(module)
+    width = int(module.weight.shape[0])  # type: ignore[index, union-attr, arg-type]
+    weight, x = torch.linspace(-1.0, 1.0, width), torch.linspace(-2.0, 3.0, 3 * width).view(3, width)
+    twin._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    found = _call(twin, x)
+    unit = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return next((o for o in (0.0, 1.0) if found is not None and _alike(found, (o + weight) * unit)), None)
+
+
+def is_gated(module: nn.Module, names: tuple[str, str, str, str]) -> bool:
+    """Whether the module is `down(act(gate(x)) * up(x))`, tried with small layers in place of its own."""
+    gate, up, down, act = names
+    generator = torch.Generator().manual_seed(0)
+    twin = _alone(module)
+    for name, (inner, outer) in {gate: (4, 6), up: (4, 6), down: (6, 4)}.items():
+        layer = nn.Linear(inner, outer, bias=False, device="meta")  # draws no random numbers
+        layer.weight = nn.Parameter(torch.randn(outer, inner, generator=generator), requires_grad=False)
+        twin._modules[name] = layer
+    x = torch.randn(3, 4, generator=generator)
+    layers = [twin._modules[name] for name in (gate, up, down)]
+    function: Callable[[Tensor], Tensor] = getattr(twin, act)
+    found = _call(twin, x)
+    with torch.no_grad():
+        expected = layers[2](function(layers[0](x)) * layers[1](x))  # type: ignore[misc]
+    return found is not None and _alike(found, expected)
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether the module maps every element by itself and keeps the shape."""
+    x = torch.linspace(-3.0, 3.0, 12)
+    whole, apart = _call(module, x.view(3, 4)), _call(module, x)
+    return whole is not None and apart is not None and whole.shape == (3, 4) and torch.equal(whole.view(-1), apart)
+
+
+def _alone(module: nn.Module) -> nn.Module:
+    twin = copy.copy(module)
+    for table in ("_parameters", "_modules", "_buffers"):
+        twin.__dict__[table] = dict(twin.__dict__[table])
+    twin.__dict__["training"] = False
+    return twin
+
+
+def _call(module: nn.Module, x: Tensor) -> Tensor | None:
+    # whatever a foreign forward raises here, it is not the form looked for
+    try:
+        with torch.no_grad():
+            found = type(module).forward(module, x)
+    except Exception:
+        return None
+    return found if isinstance(found, Tensor) else None
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    return found.shape == expected.shape and torch.allclose(found.float(), expected, rtol=TOLERANCE, atol=TOLERANCE)

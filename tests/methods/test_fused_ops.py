@@ -1,0 +1,212 @@
+"""FusedOps: the outputs and gradients of stock from fewer kept tensors."""
+
+import copy
+
+import models
+import pytest
+import torch
+import transformers as hf
+from checks.state import gradients
+
+import tightfit
+from tightfit import Checkpointing, FusedOps, Lora, PartialEmbedding
+from tightfit.core.errors import SelectorError
+from tightfit.core.memory import saved_bytes
+from tightfit.core.simulate import example_batch, simulate
+
+
+def twin(family, *recipe, dtype=torch.float64, **options):
+    """A stock model and a copy with FusedOps and the recipe applied, and the stock one with the recipe alone."""
+    stock = models.build(family, **options).to(dtype)
+    fused = copy.deepcopy(stock)
+    torch.manual_seed(3)
+    applied = tightfit.apply(fused, [FusedOps(), *recipe])
+    if recipe:
+        torch.manual_seed(3)
+        stock = tightfit.apply(stock, list(recipe)).model
+    return stock, applied
+
+
+def assert_equal_gradients(stock, fused, batch, *, tolerance):
+    (loss, grads), (wanted_loss, wanted) = gradients(fused, batch), gradients(stock, batch)
+    torch.testing.assert_close(loss, wanted_loss, rtol=tolerance, atol=tolerance)
+    assert set(grads) == set(wanted) and wanted
+    for name, grad in grads.items():
+        torch.testing.assert_close(
+            grad, wanted[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_gradients_are_those_of_stock(family, dropout):
+    stock, applied = twin(family, dropout=dropout)
+    # decoders take their loss in float32, root-mean-square norms their mean
+    tolerance = 1e-12 if family in ("bert", "roberta") else 1e-6
+    assert_equal_gradients(stock, applied.model, models.batch(stock), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_outputs_are_bit_equal(family, dtype):
+    stock, applied = twin(family, dtype=dtype)
+    batch = models.batch(stock)
+    outputs = []
+    for model in (stock, applied.model):
+        torch.manual_seed(5)
+        outputs.append(model(**batch).logits)
+    assert torch.equal(*outputs)
+
+
+def test_other_architectures():
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    words = {"vocab_size": 99, "pad_token_id": 0}
+    decoder = {**size, "num_key_value_heads": 1, **words}
+    distil = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, **words}
+    opt = {**size, "ffn_dim": 64, "word_embed_proj_dim": 32, **words}
+    for config, kind in (
+        (hf.DistilBertConfig(**distil), hf.DistilBertForTokenClassification),
+        (hf.ElectraConfig(**size, embedding_size=32, **words), hf.ElectraForSequenceClassification),
+        (hf.ModernBertConfig(**size, **words), hf.ModernBertForSequenceClassification),
+        (hf.ViTConfig(**size, image_size=32, patch_size=16), hf.ViTForImageClassification),
+        (hf.Qwen3Config(**decoder, head_dim=16), hf.Qwen3ForCausalLM),
+        (hf.MistralConfig(**decoder, head_dim=16, sliding_window=4), hf.MistralForCausalLM),
+        (hf.OPTConfig(**opt), hf.OPTForCausalLM),
+        (hf.GPTNeoXConfig(**size, **words), hf.GPTNeoXForCausalLM),
+        (hf.Phi3Config(**decoder), hf.Phi3ForCausalLM),
+    ):
+        torch.manual_seed(0)
+        stock = kind(config).double().train()
+        batch = example_batch(stock, 2, 8)
+        batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+        fused = copy.deepcopy(stock)
+        tightfit.apply(fused, FusedOps())
+        assert_equal_gradients(stock, fused, batch, tolerance=1e-6)
+
+
+# -- what is kept -------------------------------------------------------------------------------------------------
+
+
+def block_bytes(model, size):
+    """Saved bytes of the blocks of a model without weights, in one simulated step."""
+    found = simulate(model, example_batch(model, *size, padded=False), optimizer="sgd", extrapolate=False)
+    return sum(count for name, count in found.saved_by_module.items() if "layer" in name)
+
+
+def bert(dropout):
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return hf.BertForSequenceClassification(hf.BertConfig(**rates, num_hidden_layers=4, vocab_size=99))
+
+
+def llama(dtype=torch.float32):
+    config = hf.LlamaConfig(
+        hidden_size=512, intermediate_size=1376, num_hidden_layers=2, num_attention_heads=8, vocab_size=99
+    )
+    return hf.LlamaForCausalLM(config).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "least"),
+    [
+        (lambda: llama(), (4, 256), 2.0),
+        (lambda: llama(torch.bfloat16), (4, 256), 1.9),
+        (lambda: bert(0.1), (16, 128), 2.5),
+        (lambda: bert(0.0), (16, 128), 1.7),
+    ],
+    ids=["llama", "llama bf16", "bert", "bert without dropout"],
+)
+def test_blocks_keep_less(make, size, least):
+    with torch.device("meta"):
+        stock, fused = make().train(), make().train()
+    tightfit.apply(fused, FusedOps())
+    assert block_bytes(stock, size) / block_bytes(fused, size) >= least
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "t5"])
+def test_planned_bytes_are_kept_bytes(family):
+    _, applied = twin(family, dtype=torch.float32)
+    batch = models.batch(applied.model)
+    assert simulate(applied.model, batch).saved_bytes == saved_bytes(lambda: applied.model(**batch).loss.backward())
+
+
+def test_adapters_keep_nothing_of_their_inputs():
+    stock, applied = twin("bert", Lora(rank=2), dtype=torch.float32)
+    batch = models.batch(stock)
+    plain, fused = (saved_bytes(lambda m=m: m(**batch).loss.backward()) for m in (stock, applied.model))
+    assert fused < 0.6 * plain
+
+
+# -- with others --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("other", ["lora", "lora with dropout", "checkpointing", "partial embedding"])
+def test_other_methods_in_the_recipe(family, other):
+    model = models.build(family)
+    dropped = {"peft_type": "LORA", "r": 2, "lora_dropout": 0.3, "target_modules": "all-linear"}
+    recipe = {
+        "lora": Lora(rank=2),
+        "lora with dropout": Lora(config=dropped),
+        "checkpointing": Checkpointing(),
+        "partial embedding": PartialEmbedding(ids=models.kept_ids(model), force=True, head="full"),
+    }[other]
+    stock, applied = twin(family, recipe)
+    assert_equal_gradients(stock, applied.model, models.batch(model), tolerance=1e-6)
+
+
+def test_two_forwards_then_one_backward():
+    stock, applied = twin("bert", dropout=0.0)
+    batches = [models.batch(stock, seed=s) for s in (1, 2)]
+    found = []
+    for model in (stock, applied.model):
+        model.zero_grad()
+        sum(model(**batch).loss for batch in batches).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for ours, wanted in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_kept_graph_gives_the_same_gradients_twice():
+    _, applied = twin("bert")
+    loss = applied.model(**models.batch(applied.model)).loss
+    parameters = list(applied.model.parameters())
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    second = torch.autograd.grad(loss, parameters)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_compiled_model_runs_stock_operators():
+    stock, applied = twin("bert", dropout=0.0)
+    applied.model.compile(backend="aot_eager")
+    assert_equal_gradients(stock, applied.model, models.batch(stock), tolerance=1e-10)
+
+
+def test_removal_restores_the_attention():
+    model = models.build("bert")
+    applied = tightfit.apply(model, FusedOps())
+    assert model.config._attn_implementation == "tightfit_sdpa"
+    applied.remove()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_chosen_modules_only():
+    model = models.build("bert")
+    rows = tightfit.plan(model, FusedOps(where="intermediate.*|output.dense"), batch=(2, 8)).edits
+    assert {row.target: row.note for row in rows} == {"(linear)": "6 modules", "(activation)": "2 modules"}
+
+
+def test_bad_input():
+    with pytest.raises(TypeError, match=r"FusedOps\(loss=...\): got 1"):
+        FusedOps(loss=1)
+    with pytest.raises(ValueError, match=r"FusedOps\(where=...\): got 'a\|'"):
+        FusedOps(where="a|")
+    with pytest.raises(SelectorError, match="'no_such'"):
+        tightfit.apply(models.build("bert"), FusedOps(where="no_such"))
+    with pytest.raises(SelectorError, match="matches no module of BertForSequenceClassification to fuse"):
+        tightfit.apply(models.build("bert"), FusedOps(where="encoder"))
+    model = models.build("bert")
+    applied = tightfit.apply(model, FusedOps())
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(
+            applied.model(**models.batch(model)).loss, model.parameters(), create_graph=True, allow_unused=True
+        )
