@@ -39,7 +39,7 @@ def test_a_budget_above_the_machines_memory():
     memory = machine_bytes()
     assert memory is not None and memory > 2**28
     assert parse_budget(memory) == memory
-    with pytest.raises(tightfit.BudgetError, match=r"of this machine has .* elsewhere"):
+    with pytest.raises(tightfit.BudgetError, match=r"of this machine has .*elsewhere"):
         parse_budget(memory + 1)
     assert parse_budget(memory + 1, elsewhere=True) == memory + 1
     assert parse_budget("900 TiB", elsewhere=True) == 900 * 2**40
