@@ -66,6 +66,13 @@ def configurations() -> dict[str, dict]:
         add(family, recipe="partial-embedding+checkpointing", batch=8, clip=1.0)
         add(family, recipe="partial-embedding+lora", dtype="bfloat16")
     add("bert", recipe="lora+checkpointing", batch=8)
+    for family in ("bert", "gpt2", "llama", "t5"):
+        add(family, recipe="fused-ops", batch=8)
+        add(family, recipe="fused-ops+checkpointing", batch=8, optimizer="adamw-foreach", clip=1.0)
+    add("llama", recipe="fused-ops+lora", dtype="bfloat16")
+    add("bert", recipe="fused-ops+lora", blocks=6, batch=16, vocabulary=1000)
+    add("bert", recipe="fused-ops", blocks=12, width=128, vocabulary=1000, length=256, batch=8, optimizer="sgd")
+    add("llama", recipe="partial-embedding+fused-ops", batch=8)
     return rows
 
 
@@ -161,6 +168,7 @@ def build(c: dict):
         kept = {*range(1100), *(i for i in found if isinstance(i, int))}  # the example batch stays below 1100
         known = {
             "partial-embedding": tightfit.PartialEmbedding(ids=sorted(kept)),
+            "fused-ops": tightfit.FusedOps(),
             "lora": tightfit.Lora(),
             "checkpointing": tightfit.Checkpointing(),
         }

@@ -1,6 +1,7 @@
 """FusedOps: the outputs and gradients of stock from fewer kept tensors."""
 
 import copy
+import gc
 
 import models
 import pytest
@@ -11,7 +12,7 @@ from checks.state import gradients
 import tightfit
 from tightfit import Checkpointing, FusedOps, Lora, PartialEmbedding
 from tightfit.core.errors import SelectorError
-from tightfit.core.memory import saved_bytes
+from tightfit.core.memory import allocator_peak, live_bytes, saved_bytes
 from tightfit.core.simulate import example_batch, simulate
 
 
@@ -127,6 +128,25 @@ def test_planned_bytes_are_kept_bytes(family):
     _, applied = twin(family, dtype=torch.float32)
     batch = models.batch(applied.model)
     assert simulate(applied.model, batch).saved_bytes == saved_bytes(lambda: applied.model(**batch).loss.backward())
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "t5"])
+def test_a_plan_leaves_nothing_behind_and_is_right(family):
+    gc.collect()
+    others = live_bytes()
+    stock, applied = twin(family, dtype=torch.float32, dropout=0.1)
+    batch = models.batch(stock)
+    del stock
+    planned = simulate(applied.model, batch, optimizer="sgd").peak_bytes
+    optimizer = torch.optim.SGD(applied.model.parameters(), lr=0.0)
+
+    def step():
+        applied.model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    assert planned == pytest.approx(allocator_peak(step) - others, rel=3e-3)
 
 
 def test_adapters_keep_nothing_of_their_inputs():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,11 +28,6 @@ def unpack(packed: Tensor, count: int, ones: Tensor) -> Tensor:
     >>> unpack(torch.tensor([5], dtype=torch.uint8), 3, torch.tensor(2.0)).tolist()
     [2.0, 0.0, 2.0]
     """
-    table = _table(packed.device).to(ones.dtype) * ones
-    return table.index_select(0, packed.int()).view(-1)[:count]
-
-
-@functools.cache
-def _table(device: torch.device) -> Tensor:
-    """(256, 8): the bits of every byte."""
-    return (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1
+    # made anew each time: a table cached under a planner's fake mode would be fake in the real step
+    bits = (torch.arange(256, device=packed.device)[:, None] >> torch.arange(8, device=packed.device)) & 1
+    return (bits.to(ones.dtype) * ones).index_select(0, packed.int()).view(-1)[:count]
