@@ -83,5 +83,12 @@ def source_of(tensor: Tensor) -> Source | None:
     return None
 
 
+def detach_source(tensor: Tensor) -> None:
+    """Take the source off a tensor, so that its users keep the tensor itself."""
+    for owner in (tensor, tensor._base):
+        if owner is not None and hasattr(owner, _ATTRIBUTE):
+            delattr(owner, _ATTRIBUTE)
+
+
 def _same_order(base: Tensor, view: Tensor) -> bool:
     return base.is_contiguous() and view.is_contiguous() and base.numel() == view.numel()

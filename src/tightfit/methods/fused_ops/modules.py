@@ -15,6 +15,7 @@ from tightfit.ops.activation import activation, gated_activation, slope_of
 from tightfit.ops.dropout import dropout
 from tightfit.ops.linear import linear
 from tightfit.ops.norm import layer_norm, rms_norm
+from tightfit.ops.source import detach_source
 
 Found = list[tuple[nn.Module, dict[str, Any]]]
 Chosen = Callable[[str], bool]
@@ -78,6 +79,31 @@ class FusedDropout:
         if not self.training or self.inplace:  # type: ignore[attr-defined]
             return super().forward(x)  # type: ignore[misc]
         return dropout(x, self.p)  # type: ignore[attr-defined]
+
+
+class FusedBlock:
+    """A block that takes no source from outside while it is checkpointed.
+
+    Its recomputation gets the block's input without one, and must keep as many tensors as the forward did.
+    """
+
+    def forward(self, *args, **kwargs):
+        if self.training and getattr(self, "gradient_checkpointing", False):  # type: ignore[attr-defined]
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, torch.Tensor):
+                    detach_source(value)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def blocks(chosen: Chosen) -> Callable[[nn.Module], Found]:
+    """The blocks of every stack."""
+
+    def find(model: nn.Module) -> Found:
+        names = (name for stack in hfmodel.stacks(model) for name in stack)
+        unique = {id(block): block for name in names if chosen(name) for block in [model.get_submodule(name)]}
+        return [(block, {}) for block in unique.values()]
+
+    return find
 
 
 def linears(chosen: Chosen) -> Callable[[nn.Module], Found]:

@@ -85,6 +85,11 @@ class FusedOps(Transform):
         for kind, (mixin, find) in KINDS.items():
             if counts[kind]:
                 yield ModulesEdit(kind=kind, mixin=mixin, find=find(self._chosen), note=f"{counts[kind]} modules")
+        everywhere = modules.blocks(lambda name: True)
+        if everywhere(model):
+            yield ModulesEdit(
+                kind="block", mixin=modules.FusedBlock, find=everywhere, note="as one under checkpointing"
+            )
         if self.where is None and supports(model):
             yield AttentionEdit(note="keeps q, k and v")
         if self.loss and hfmodel.has_lm_head(model):
