@@ -31,7 +31,7 @@ print(json.dumps({"peak_bytes": plan.peak_bytes, "rss_mib": resource.getrusage(r
 """
 
 
-def run(runs: int = 5) -> list[dict[str, Any]]:
+def run(runs: int = 3) -> list[dict[str, Any]]:
     """Seconds and resident memory of whole processes, and ratios of simulated to fake steps."""
     import record
 
