@@ -1,14 +1,21 @@
 """Predicted against measured step time relative to stock, with the coefficients of `tightfit calibrate`.
 
-Each configuration takes turns with its family's stock step in one process; with one thread the clock is the process's
-own CPU time, so other work on the machine does not count. No configuration is used by the calibration.
+Each configuration takes turns with its family's stock step, each in a process of its own, as in a training run: in
+one process they would share a heap, and one step would find in it what the other left. One thread; the clock is the
+process's own CPU time, so other work on the machine does not count. The machine is calibrated before, and no
+configuration is used for that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
+import multiprocessing
+import resource
 import statistics
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import record
@@ -16,7 +23,7 @@ import torch
 
 NAME = "step_time"
 QUICK = False
-ROUNDS = 15
+ROUNDS = 21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,21 +120,50 @@ def stepper(case: Case):
     return step
 
 
-def measured(case: Case, rounds: int = ROUNDS) -> tuple[float, float, float]:
-    """(ratio of the medians, ratio of the minima, seconds of stock) over rounds stock, case, stock, case ..."""
-    from tightfit.core.calibrate import clock
-
-    steps = [stepper(Case(case.family, "stock")), stepper(case)]
-    times: list[list[float]] = [[], []]
+def serve(case: Case, requests) -> None:
+    """Run a step of the case for every request, and answer with its seconds and the bytes faulted in."""
+    torch.set_num_threads(1)
+    step = stepper(case)
     gc.collect()
-    for number in range(rounds + 2):
-        for step, found in zip(steps, times):
-            start = clock()
-            step()
-            if number > 1:
-                found.append(clock() - start)
-    stock, other = times
-    return statistics.median(other) / statistics.median(stock), min(other) / min(stock), statistics.median(stock)
+    while requests.recv():
+        faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.process_time()
+        step()
+        seconds = time.process_time() - start
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+        requests.send((seconds, faults * resource.getpagesize()))
+
+
+@contextlib.contextmanager
+def process(case: Case) -> Iterator[Callable[[], tuple[float, int]]]:
+    """A process that holds the case, as a function that runs a step in it."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=serve, args=(case, theirs), daemon=True)
+    child.start()
+
+    def step() -> tuple[float, int]:
+        ours.send(True)
+        return ours.recv()
+
+    try:
+        yield step
+    finally:
+        ours.send(False)
+        child.join()
+
+
+def measured(stock: Callable, other: Callable, rounds: int = ROUNDS) -> dict[str, float]:
+    """What rounds stock, case, stock, case ... took, after three to warm up."""
+    found = [(stock(), other()) for _ in range(rounds + 3)][3:]
+    base, times = ([row[i][0] for row in found] for i in (0, 1))
+    return {
+        "measured": statistics.median(b / a for a, b in zip(base, times)),
+        "measured_least": min(times) / min(base),
+        "seconds": statistics.median(times),
+        "stock_seconds": statistics.median(base),
+        "faulted_bytes": statistics.median(row[1][1] for row in found),
+        "stock_faulted_bytes": statistics.median(row[0][1] for row in found),
+    }
 
 
 def simulation(case: Case):
@@ -140,28 +176,43 @@ def simulation(case: Case):
 def run() -> list[dict[str, Any]]:
     """One row per configuration."""
     from tightfit.core.calibrate import calibrate
-    from tightfit.core.timing import relative_step_time
+    from tightfit.core.timing import relative_step_time, step_time
 
     torch.set_num_threads(1)
-    coefficients = calibrate(force=False)
+    start = time.perf_counter()
+    coefficients = calibrate()
+    config: dict[str, Any] = {"rounds": ROUNDS, "families": FAMILIES, "machine": coefficients.machine}
+    config["calibration_seconds"] = round(time.perf_counter() - start)
     rows: list[dict[str, Any]] = []
-    stocks: dict[str, Any] = {}
-    for case in cases():
-        if case.family not in stocks:
-            stocks[case.family] = simulation(Case(case.family, "stock"))
-        predicted = relative_step_time(simulation(case), stocks[case.family], coefficients)
-        median, least, seconds = measured(case)
-        row = {
-            "family": case.family,
-            "configuration": case.name,
-            "batch": case.batch or FAMILIES[case.family]["batch"],
-            "measured": median,
-            "measured_minima": least,
-            "predicted": predicted,
-            "error_percent": 100 * (predicted / median - 1),
-            "stock_seconds": seconds,
-        }
-        rows.append(row)
-        print(row, flush=True)
-    record.write(NAME, {"rounds": ROUNDS, "families": FAMILIES, "machine": coefficients.machine}, rows)
+    for family in FAMILIES:
+        base = simulation(Case(family, "stock"))
+        with process(Case(family, "stock")) as stock:
+            for case in (c for c in cases() if c.family == family):
+                simulated = simulation(case)
+                start = time.process_time()
+                predicted = relative_step_time(simulated, base, coefficients)
+                spent = time.process_time() - start
+                with process(case) as other:
+                    truth = measured(stock, other)
+                rows.append(
+                    {
+                        "family": family,
+                        "configuration": case.name,
+                        "batch": case.batch or FAMILIES[family]["batch"],
+                        **truth,
+                        "predicted": predicted,
+                        "predicted_seconds": step_time(simulated, coefficients).seconds,
+                        "error_percent": 100 * (predicted / truth["measured"] - 1),
+                        "error_to_least_percent": 100 * (predicted / truth["measured_least"] - 1),
+                        "prediction_seconds": spent,
+                    }
+                )
+                print(rows[-1], flush=True)
+                record.write(NAME, {**config, **summary(rows)}, rows)
     return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Median and worst absolute error in percent."""
+    errors = [abs(row["error_percent"]) for row in rows]
+    return {"median_error_percent": statistics.median(errors), "worst_error_percent": max(errors)}
