@@ -7,12 +7,13 @@ what checkpointing does, for one operator, with its output rebuilt for those who
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from tightfit.ops.autograd import refuse_second_derivative
+from tightfit.ops.codec import Codec, Kept
 from tightfit.ops.source import Rebuild, attach
 
 
@@ -22,6 +23,7 @@ def recompute(
     parameters: tuple[Tensor, ...] = (),
     joint: bool = False,
     random: bool = False,
+    codec: Codec | None = None,
 ) -> Tensor:
     """`call(*inputs)`, of which only the inputs are kept; bit for bit what `call` gives.
 
@@ -32,6 +34,7 @@ def recompute(
         joint: the output goes to one linear layer only, which forms the gradient of the output before it needs the
             output: then it runs this backward there, once for both.
         random: `call` draws random numbers, which must be the same again.
+        codec: keeps those of the inputs that need a gradient in its code.
 
     Example:
         >>> x = torch.linspace(0, 1, 4, requires_grad=True)
@@ -41,11 +44,11 @@ def recompute(
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return call(*inputs)
-    rerun = _Rerun(call, [t.requires_grad for t in inputs], joint)
+    rerun = _Rerun(call, inputs, joint, codec)
     if random:
         rerun.random = random_state(inputs[0].device.type)
-    out = _Recompute.apply(rerun, *inputs, *parameters)
-    return attach(out, inputs, rerun)
+    out, *packed = _Recompute.apply(rerun, *inputs, *parameters)
+    return attach(out, rerun.kept_of(inputs, packed), rerun)
 
 
 class Joint(Rebuild):
@@ -80,10 +83,27 @@ class Joint(Rebuild):
 class _Rerun(Joint):
     """Runs the call again, with its backward where that is asked for."""
 
-    def __init__(self, call: Callable[..., Tensor], needs: list[bool], joint: bool):
-        super().__init__(call)
-        self.needs, self.joint = needs, joint
+    def __init__(self, call: Callable[..., Tensor], inputs: Sequence[Tensor], joint: bool, codec: Codec | None):
+        super().__init__(self.again)
+        self.call, self.joint = call, joint
+        self.needs = [t.requires_grad for t in inputs]
+        self.coded = Kept(codec, *(t for t, need in zip(inputs, self.needs) if need))
         self.random: Tensor | None = None
+
+    def kept_of(self, inputs: Sequence[Tensor], packed: Sequence[Tensor]) -> list[Tensor]:
+        """What is kept of the inputs: the codes of some, then the others."""
+        return [*packed, *(t for t, need in zip(inputs, self.needs) if not (packed and need))]
+
+    def inputs_of(self, kept: Sequence[Tensor]) -> list[Tensor]:
+        """The inputs, in their order."""
+        if self.coded.codec is None:
+            return list(kept)
+        count = len(kept) - self.needs.count(False)
+        coded, others = iter(self.coded.again(kept[:count])), iter(kept[count:])
+        return [next(coded if need else others) for need in self.needs]
+
+    def again(self, *kept: Tensor) -> Tensor:
+        return self.call(*self.inputs_of(kept))
 
     @contextlib.contextmanager
     def as_in_forward(self, device_type: str) -> Iterator[None]:  # type: ignore[override]
@@ -101,11 +121,11 @@ class _Rerun(Joint):
 
     def backward(self, kept, parameters, grad):
         """The output again, and the gradients of inputs and parameters."""
-        inputs = [t.detach().requires_grad_(need) for t, need in zip(kept, self.needs)]
+        inputs = [t.detach().requires_grad_(need) for t, need in zip(self.inputs_of(kept), self.needs)]
         # what this short graph keeps is no affair of hooks that look at, or move, what the step keeps
         apart = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
         with torch.enable_grad(), self.as_in_forward(grad.device.type), apart:
-            out = self._make(*inputs)
+            out = self.call(*inputs)
         tensors = (*inputs, *parameters)
         wanted = [t for t in tensors if t.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, grad.view(out.shape).to(out.dtype), allow_unused=True))
@@ -132,19 +152,22 @@ def set_random_state(device_type: str, state: Tensor) -> None:
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rerun, *tensors):
-        ctx.rerun = rerun
-        ctx.save_for_backward(*tensors)
-        out = rerun._make(*tensors[: len(rerun.needs)])
+        inputs, parameters = tensors[: len(rerun.needs)], tensors[len(rerun.needs) :]
+        packed = rerun.coded.encode(*(t for t, need in zip(inputs, rerun.needs) if need))
+        kept = rerun.kept_of(inputs, packed)
+        ctx.rerun, ctx.count = rerun, len(kept)
+        ctx.mark_non_differentiable(*packed)
+        ctx.save_for_backward(*kept, *parameters)
+        out = rerun.call(*inputs)
         # a view would hand its own base, not this tensor, to the views that are made of it later
-        return out if out._base is None else out.new_empty(0).set_(out)
+        return out if out._base is None else out.new_empty(0).set_(out), *packed
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, *_):
         refuse_second_derivative("recompute")
         grads = ctx.rerun.taken(grad)
         if grads is None:
-            count = len(ctx.rerun.needs)
             saved = ctx.saved_tensors
-            grads = ctx.rerun.backward(saved[:count], saved[count:], grad)[1]
+            grads = ctx.rerun.backward(saved[: ctx.count], saved[ctx.count :], grad)[1]
         missing = len(ctx.needs_input_grad) - 1 - len(grads)
         return None, *grads, *[None] * missing

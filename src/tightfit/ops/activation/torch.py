@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.ops.autograd import refuse_second_derivative
+from tightfit.ops.codec import Codec, Kept
 from tightfit.ops.recompute import recompute
 from tightfit.ops.source import attach
 
@@ -33,12 +34,13 @@ def slope_of(function: Function) -> Slope | None:
     return None
 
 
-def activation(x: Tensor, function: Function, slope: Slope | None = None) -> Tensor:
-    """f(x) bit for bit, of which only x is kept: the linear layer behind it rebuilds f(x).
+def activation(x: Tensor, function: Function, slope: Slope | None = None, *, codec: Codec | None = None) -> Tensor:
+    """f(x) bit for bit, of which only x is kept, or its code: the linear layer behind it rebuilds f(x).
 
     Args:
         function: pointwise and without parameters.
         slope: its derivative, `slope_of(function)`; without one the function is run again in backward.
+        codec: keeps x in its code.
 
     Example:
         >>> x = torch.zeros(2, requires_grad=True)
@@ -49,30 +51,34 @@ def activation(x: Tensor, function: Function, slope: Slope | None = None) -> Ten
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(x)
     if slope is None:
-        return recompute(function, x)
-    return attach(_Activation.apply(x, function, slope), (x,), function)
+        return recompute(function, x, codec=codec)
+    kept = Kept(codec, x)
+    out, *packed = _Activation.apply(x, function, slope, kept)
+    return attach(out, packed or (x,), lambda *saved: function(*kept.again(saved)))
 
 
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, function, slope):
-        ctx.slope = slope
-        ctx.save_for_backward(x)
-        return function(x)
+    def forward(ctx, x, function, slope, kept):
+        ctx.slope, ctx.kept = slope, kept
+        packed = kept.save(ctx, x)
+        return function(x), *packed
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, *_):
         refuse_second_derivative("activation")
-        (x,) = ctx.saved_tensors
-        return ctx.slope(grad, x), None, None
+        (x,) = ctx.kept.again(ctx.saved_tensors)
+        return ctx.slope(grad, x), None, None, None
 
 
-def gated_activation(gate: Tensor, up: Tensor, function: Function, slope: Slope | None = None) -> Tensor:
+def gated_activation(
+    gate: Tensor, up: Tensor, function: Function, slope: Slope | None = None, *, codec: Codec | None = None
+) -> Tensor:
     """f(gate) * up bit for bit (SwiGLU, GeGLU), of which gate and up are kept; stock keeps four tensors.
 
     Args:
         gate, up: (..., F).
-        function, slope: as for `activation`.
+        function, slope, codec: as for `activation`.
 
     Example:
         >>> gate, up = torch.zeros(2, requires_grad=True), torch.ones(2, requires_grad=True)
@@ -87,20 +93,22 @@ def gated_activation(gate: Tensor, up: Tensor, function: Function, slope: Slope 
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return product(gate, up)
     if slope is None:
-        return recompute(product, gate, up)
-    return attach(_Gated.apply(gate, up, function, slope), (gate, up), product)
+        return recompute(product, gate, up, codec=codec)
+    kept = Kept(codec, gate, up)
+    out, *packed = _Gated.apply(gate, up, function, slope, kept)
+    return attach(out, packed or (gate, up), lambda *saved: product(*kept.again(saved)))
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up, function, slope):
-        ctx.function, ctx.slope = function, slope
-        ctx.save_for_backward(gate, up)
-        return function(gate) * up
+    def forward(ctx, gate, up, function, slope, kept):
+        ctx.function, ctx.slope, ctx.kept = function, slope, kept
+        packed = kept.save(ctx, gate, up)
+        return function(gate) * up, *packed
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, *_):
         refuse_second_derivative("gated_activation")
-        gate, up = ctx.saved_tensors
+        gate, up = ctx.kept.again(ctx.saved_tensors)
         grad_up = ctx.function(gate).mul_(grad)
-        return ctx.slope(grad * up, gate), grad_up, None, None
+        return ctx.slope(grad * up, gate), grad_up, None, None, None

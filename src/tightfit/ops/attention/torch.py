@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from tightfit.ops.autograd import refuse_second_derivative
 from tightfit.ops.bits import pack, unpack
+from tightfit.ops.codec import Codec, Kept
 from tightfit.ops.recompute import Joint, recompute
 from tightfit.ops.source import attach
 
 
 def attention(
-    call: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, random: bool = False
+    call: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    random: bool = False,
+    codec: Codec | None = None,
 ) -> Tensor:
     """A model's own attention, of which q, k, v (and the mask, which all layers share) are kept.
 
@@ -24,6 +32,7 @@ def attention(
         q: (B, H, L, D). k, v: (B, H_kv, S, D), heads not repeated.
         mask: what the model passes, or None.
         random: the call draws dropout.
+        codec: keeps q, k and v in its code.
 
     Returns:
         what `call` returns, usually (B, L, H, D).
@@ -33,12 +42,20 @@ def attention(
     """
     q, k, v = _trimmed(q, k, v)
     if mask is None:
-        return recompute(lambda q, k, v: call(q, k, v, None), q, k, v, joint=True, random=random)
-    return recompute(call, q, k, v, mask, joint=True, random=random)
+        return recompute(lambda q, k, v: call(q, k, v, None), q, k, v, joint=True, random=random, codec=codec)
+    return recompute(call, q, k, v, mask, joint=True, random=random, codec=codec)
 
 
 def dropout_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, *, scale: float | None = None, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    p: float,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    codec: Codec | None = None,
 ) -> Tensor:
     """Attention with dropout as torch's math path on a CPU computes it, bit for bit from the same random state.
 
@@ -51,6 +68,7 @@ def dropout_attention(
         p: dropout probability.
         scale: default 1 / sqrt(D).
         causal: attend only to positions up to one's own.
+        codec: keeps q, k and v in its code.
 
     Returns:
         (B, L, H, D), contiguous.
@@ -64,10 +82,9 @@ def dropout_attention(
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
     factor = math.sqrt(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    joint = _DropoutJoint(p, factor)
-    out, packed = _DropoutAttention.apply(joint, q, k, v, mask)
-    kept = (packed, q, k, v) if mask is None else (packed, q, k, v, mask)
-    return attach(out, kept, joint)
+    joint = _DropoutJoint(p, factor, Kept(codec, q, k, v))
+    out, bits, *packed = _DropoutAttention.apply(joint, q, k, v, mask)
+    return attach(out, (bits, *(() if mask is None else (mask,)), *(packed or (q, k, v))), joint)
 
 
 def _trimmed(*tensors: Tensor) -> list[Tensor]:
@@ -83,9 +100,15 @@ def _trimmed(*tensors: Tensor) -> list[Tensor]:
 class _DropoutJoint(Joint):
     """Forward again and backward, one batch element at a time."""
 
-    def __init__(self, p: float, factor: float):
+    def __init__(self, p: float, factor: float, coded: Kept):
         super().__init__(self.again)
-        self.p, self.factor = p, factor
+        self.p, self.factor, self.coded = p, factor, coded
+
+    def inputs_of(self, kept: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """(mask bits, q, k, v, attention mask)"""
+        count = (len(kept) - 1) % 3  # an attention mask stands between the bits and q, k, v
+        q, k, v = self.coded.again(kept[1 + count :])
+        return kept[0], q, k, v, kept[1] if count else None
 
     def probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None, b: int) -> Tensor:
         """(H, L, S) of one batch element, in the order of operations of torch's math path."""
@@ -99,7 +122,8 @@ class _DropoutJoint(Joint):
         scale = torch.ones((), dtype=like.dtype).div_(1 - self.p)
         return unpack(packed[b], like.numel(), scale).view(like.shape)
 
-    def again(self, packed, q, k, v, mask=None) -> Tensor:
+    def again(self, *kept) -> Tensor:
+        packed, q, k, v, mask = self.inputs_of(kept)
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
         for b in range(q.shape[0]):
             found = self.probabilities(q, k, mask, b)
@@ -107,8 +131,7 @@ class _DropoutJoint(Joint):
         return out
 
     def backward(self, kept, parameters, grad):
-        packed, q, k, v, *rest = kept
-        mask = rest[0] if rest else None
+        packed, q, k, v, mask = self.inputs_of(kept)
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
         grad = grad.view(out.shape)
         grads = [torch.empty_like(t) for t in (q, k, v)]
@@ -136,13 +159,13 @@ class _DropoutAttention(torch.autograd.Function):
             noise = torch.empty_like(found).bernoulli_(1 - joint.p)
             packed.append(pack(noise.bool()))
             out[b] = (found.mul_(noise.div_(1 - joint.p)) @ v[b]).transpose(0, 1)
-        bits = torch.stack(packed)
-        ctx.mark_non_differentiable(bits)
-        ctx.save_for_backward(bits, q, k, v, *(() if mask is None else (mask,)))
-        return out, bits
+        bits, coded = torch.stack(packed), joint.coded.encode(q, k, v)
+        ctx.mark_non_differentiable(bits, *coded)
+        ctx.save_for_backward(bits, *(() if mask is None else (mask,)), *(coded or (q, k, v)))
+        return out, bits, *coded
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, *_):
         refuse_second_derivative("dropout_attention")
         grads = ctx.joint.taken(grad)
         if grads is None:

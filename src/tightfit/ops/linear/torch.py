@@ -1,4 +1,7 @@
-"""`linear` with an own backward: what it keeps of its input is the input's source, where there is one."""
+"""`linear` with an own backward: what it keeps of its input is the input's source, where there is one.
+
+Else it keeps the input, or what a codec makes of it.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tightfit.ops.autograd import cast_for_autocast, refuse_second_derivative
-from tightfit.ops.source import source_of
+from tightfit.ops.codec import Codec, Like, outer, pack_once
+from tightfit.ops.source import attach, source_of
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False, sole: bool = True
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    sole: bool = True,
+    codec: Codec | None = None,
 ) -> Tensor:
     """y = x W^T + b, bit for bit `F.linear`; keeps nothing of x that another operator keeps already.
 
@@ -21,6 +31,8 @@ def linear(
         bias: (O,) or None.
         transposed: the weight is (I, O), as in GPT-2's Conv1D.
         sole: nothing else uses x, so its gradient from here is its whole gradient.
+        codec: what is kept of x where nothing rebuilds it, and how the weight gradient is formed. The gradients of x
+            and of the bias stay exact.
 
     Raises:
         RuntimeError: on double backward.
@@ -36,22 +48,33 @@ def linear(
     """
     if not (torch.is_grad_enabled() and weight.requires_grad) or torch.compiler.is_compiling():
         return F.linear(x, weight.t() if transposed else weight, bias)
-    return _Linear.apply(x, weight, bias, transposed, sole)
+    if codec is not None and not x.is_floating_point():
+        raise TypeError(f"linear: the input is {x.dtype}; a codec keeps floating point, so cast it before")
+    return _Linear.apply(x, weight, bias, transposed, sole, codec if x.numel() else None)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, transposed, sole):
-        source = source_of(x)
+    def forward(ctx, x, weight, bias, transposed, sole, codec):
         cast, weight_cast, bias_cast = cast_for_autocast(x, weight, bias)
-        ctx.rebuild, ctx.dtype, ctx.shape = None, cast.dtype, x.shape
+        ctx.rebuild, ctx.like, ctx.codec, ctx.packed = None, Like(x.shape, cast.dtype), codec, None
         ctx.input_dtype, ctx.transposed, ctx.sole = x.dtype, transposed, sole
-        if source is None:
-            ctx.save_for_backward(weight, cast)
-        else:
+        source = source_of(x)
+        if source is None and codec is not None:
+            ctx.packed = pack_once(x, cast, codec)
+            if codec.rebuilds:
+                like = ctx.like
+                attach(x, ctx.packed.tensors, lambda *kept: codec.decode(kept, like.shape, like.dtype))
+                source = source_of(x)
+        if source is not None:
             source.rebuild.add_user()
-            ctx.rebuild = source.rebuild
+            ctx.rebuild, ctx.packed = source.rebuild, None
             ctx.save_for_backward(weight, *source.kept)
+        elif ctx.packed is not None:
+            ctx.save_for_backward(weight, *ctx.packed.tensors)
+            ctx.packed = ctx.packed.codec
+        else:
+            ctx.save_for_backward(weight, cast)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(cast, weight_cast.t() if transposed else weight_cast, bias_cast)
 
@@ -65,12 +88,15 @@ class _Linear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 matrix = weight.to(grad.dtype)
                 grad_x = grad_rows @ (matrix.t() if ctx.transposed else matrix)
-                grad_x = grad_x.view(ctx.shape).to(ctx.input_dtype)
-            # before the weight's: a source may finish its own backward with it
-            x = kept[0] if ctx.rebuild is None else ctx.rebuild(kept, grad_x if ctx.sole else None)
-            rows = x.reshape(-1, ctx.shape[-1]).to(ctx.dtype)
-            if ctx.needs_input_grad[1]:
-                grad_w = (rows.t() @ grad_rows if ctx.transposed else grad_rows.t() @ rows).to(weight.dtype)
+                grad_x = grad_x.view(ctx.like.shape).to(ctx.input_dtype)
+            if ctx.packed is not None:
+                grad_w = ctx.packed.weight_grad(kept, grad_rows, ctx.like, ctx.transposed)
+            else:
+                # before the weight's: a source may finish its own backward with it
+                x = kept[0] if ctx.rebuild is None else ctx.rebuild(kept, grad_x if ctx.sole else None)
+                rows = x.reshape(-1, ctx.like.shape[-1]).to(ctx.like.dtype)
+                form = outer if ctx.codec is None else ctx.codec.weight_grad_of
+                grad_w = form(grad_rows, rows, ctx.transposed)
             if ctx.needs_input_grad[2]:
                 grad_b = grad_rows.sum(0).to(weight.dtype)
-        return grad_x, grad_w, grad_b, None, None
+        return grad_x, grad_w.to(weight.dtype), grad_b, None, None, None

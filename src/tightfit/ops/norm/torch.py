@@ -1,4 +1,8 @@
-"""Norms with own backwards: the input is kept, and a row's statistics."""
+"""Norms with own backwards: the input is kept, and a row's statistics.
+
+With a codec the normalised rows are kept in its code instead: the backward needs nothing else of the input but the
+scale of each row, and the linear layers behind apply weight and bias again.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tightfit.ops.autograd import autocast_dtype, refuse_second_derivative
+from tightfit.ops.codec import Codec
 from tightfit.ops.source import attach
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
-def layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """`F.layer_norm`, bit for bit, whose output is rebuilt from `x` by the linear layers behind it.
+def layer_norm(
+    x: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    codec: Codec | None = None,
+) -> Tensor:
+    """`F.layer_norm`, bit for bit, whose output is rebuilt by the linear layers behind it.
 
-    Keeps x and two numbers a row, as stock does; the output need not be kept by anybody.
+    Keeps x and two numbers a row, as stock does; with a codec the code of the normalised rows and one number a row.
 
     Raises:
         RuntimeError: on double backward.
@@ -29,8 +42,19 @@ def layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: T
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.layer_norm(x, shape, weight, bias, eps)
-    out = _LayerNorm.apply(x, shape, weight, bias, eps)
-    return attach(out, (x,), lambda kept: F.layer_norm(kept, shape, weight, bias, eps))
+    if codec is None or len(shape) > 1 or not x.numel():
+        out = _LayerNorm.apply(x, shape, weight, bias, eps)
+        return attach(out, (x,), lambda kept: F.layer_norm(kept, shape, weight, bias, eps))
+    out, *packed = _CodedLayerNorm.apply(x, shape, weight, bias, eps, codec)
+
+    def again(*kept: Tensor) -> Tensor:
+        unit = codec.decode(kept, out_shape, out_dtype)
+        if weight is not None:
+            unit = unit * weight
+        return unit if bias is None else unit.add_(bias) if weight is not None else unit + bias
+
+    out_shape, out_dtype = out.shape, out.dtype
+    return attach(out, packed, again)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -54,8 +78,41 @@ class _LayerNorm(torch.autograd.Function):
         return None if grad_x is None else grad_x.to(x.dtype), None, grad_w, grad_b, None
 
 
+class _CodedLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shape, weight, bias, eps, codec):
+        wide = x.float() if autocast_dtype(x.device.type) is not None else x
+        unit, _, rstd = torch.native_layer_norm(wide, shape, None, None, eps)
+        packed = codec.encode(unit)
+        out = unit if weight is None and bias is None else torch.native_layer_norm(wide, shape, weight, bias, eps)[0]
+        ctx.shape, ctx.codec, ctx.input_dtype = shape, codec, x.dtype
+        ctx.mark_non_differentiable(*packed)
+        ctx.save_for_backward(rstd, weight, bias, *packed)
+        return out, *packed
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        refuse_second_derivative("layer_norm")
+        rstd, weight, bias, *packed = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
+        unit = ctx.codec.decode(packed, grad.shape, grad.dtype)
+        # as the norm of rows of mean 0 and scale 1; the scale of the true rows comes last
+        mean, one = torch.zeros_like(rstd), torch.ones_like(rstd)
+        grad_x, grad_w, grad_b = torch.ops.aten.native_layer_norm_backward(
+            grad.contiguous(), unit, ctx.shape, mean, one, weight, bias, needs
+        )
+        grad_x = None if grad_x is None else grad_x.mul_(rstd).to(ctx.input_dtype)
+        return grad_x, None, grad_w, grad_b, None, None
+
+
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, stock: Callable[[Tensor], Tensor], *, offset: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    stock: Callable[[Tensor], Tensor],
+    *,
+    offset: float = 0.0,
+    codec: Codec | None = None,
 ) -> Tensor:
     """A model's own root-mean-square norm, of which only the input is kept.
 
@@ -65,6 +122,7 @@ def rms_norm(
         stock: the model's forward, which computes `(offset + weight) * x / sqrt(mean(x^2) + eps)`; its output is
             returned bit for bit.
         offset: 1 where the model stores the weight around zero (Gemma).
+        codec: keeps the normalised rows in its code instead of x.
 
     The backward is the derivative of that formula in float32 (float64 for float64), as reference.py has it.
 
@@ -78,7 +136,30 @@ def rms_norm(
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return stock(x)
-    return attach(_RMSNorm.apply(x, weight, eps, stock, offset), (x,), stock)
+    if codec is None or not x.numel():
+        return attach(_RMSNorm.apply(x, weight, eps, stock, offset), (x,), stock)
+    out, *packed = _CodedRMSNorm.apply(x, weight, eps, stock, offset, codec)
+    shape, dtype, kind = out.shape, out.dtype, _compute_dtype(x)
+
+    def again(*kept: Tensor) -> Tensor:
+        return codec.decode(kept, shape, kind).mul_(_factor(weight, offset, kind)).to(dtype)
+
+    return attach(out, packed, again)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in LOW_PRECISION else x.dtype
+
+
+def _factor(weight: Tensor, offset: float, kind: torch.dtype) -> Tensor:
+    return weight.to(kind) + offset if offset else weight.to(kind)
+
+
+def _unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x / rms, 1 / rms) in the dtype they are computed in."""
+    wide = x.to(_compute_dtype(x))
+    scale = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
+    return wide * scale, scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -92,15 +173,36 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         refuse_second_derivative("rms_norm")
         x, weight = ctx.saved_tensors
-        kind = torch.float32 if x.dtype in LOW_PRECISION else x.dtype
-        unit, grad = x.to(kind), grad.to(kind)
-        scale = torch.rsqrt(torch.linalg.vector_norm(unit, dim=-1, keepdim=True).square() / x.shape[-1] + ctx.eps)
-        unit = unit * scale
-        grad_w = None
-        if ctx.needs_input_grad[1]:
-            grad_w = (grad * unit).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-        if not ctx.needs_input_grad[0]:
-            return None, grad_w, None, None, None
-        pull = grad * (weight.to(kind) + ctx.offset if ctx.offset else weight.to(kind))
-        inner = torch.einsum("...d,...d->...", pull, unit).unsqueeze(-1) / x.shape[-1]
-        return pull.addcmul_(unit, inner, value=-1).mul_(scale).to(x.dtype), grad_w, None, None, None
+        unit, scale = _unit(x, ctx.eps)
+        return *_rms_backward(ctx, grad, unit, scale, weight, x.dtype), None, None, None
+
+
+class _CodedRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, stock, offset, codec):
+        unit, scale = _unit(x, eps)
+        packed = codec.encode(unit)
+        ctx.offset, ctx.codec, ctx.input_dtype = offset, codec, x.dtype
+        ctx.mark_non_differentiable(*packed)
+        ctx.save_for_backward(scale, weight, *packed)
+        del unit
+        return stock(x), *packed
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        refuse_second_derivative("rms_norm")
+        scale, weight, *packed = ctx.saved_tensors
+        unit = ctx.codec.decode(packed, grad.shape, scale.dtype)
+        return *_rms_backward(ctx, grad, unit, scale, weight, ctx.input_dtype), None, None, None, None
+
+
+def _rms_backward(ctx, grad: Tensor, unit: Tensor, scale: Tensor, weight: Tensor, dtype: torch.dtype):
+    """(gradient of x, gradient of the weight) from the normalised rows and their scale."""
+    grad, grad_w = grad.to(unit.dtype), None
+    if ctx.needs_input_grad[1]:
+        grad_w = (grad * unit).reshape(-1, unit.shape[-1]).sum(0).to(weight.dtype)
+    if not ctx.needs_input_grad[0]:
+        return None, grad_w
+    pull = grad * _factor(weight, ctx.offset, unit.dtype)
+    inner = torch.einsum("...d,...d->...", pull, unit).unsqueeze(-1) / unit.shape[-1]
+    return pull.addcmul_(unit, inner, value=-1).mul_(scale).to(dtype), grad_w

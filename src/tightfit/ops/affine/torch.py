@@ -1,0 +1,144 @@
+"""Affine codes: per group of g channels of one token, x ~ lo + D q with integers q of 8 or 4 bits.
+
+A group's range stands behind its codes in the same row of bytes, as float32 (float16 for 4 bits): the layout of
+torch's own row-wise quantised embedding tables, whose one-pass kernels do the work on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tightfit.ops.codec import Codec, rows_of
+
+RANGE = {8: torch.float32, 4: torch.float16}
+
+
+class Affine(Codec):
+    """Asymmetric integers with a range per group of channels of one token.
+
+    Args:
+        bits: 8 or 4.
+        group_size: channels that share a range, at most; rows are cut into equal groups (see `group_of`).
+        rounding: "nearest" (error at most D / 2) or "stochastic" (unbiased, error below D).
+
+    A group with a NaN or an infinity comes back as NaN. With 4 bits a magnitude beyond float16's range does as well.
+
+    Example:
+        >>> codec, x = Affine(bits=8, group_size=4), torch.tensor([[0.0, 1.0, 2.0, 255.0]])
+        >>> codec.decode(codec.encode(x), x.shape, x.dtype)
+        tensor([[  0.,   1.,   2., 255.]])
+
+    Source: arXiv 2111.11124, section 3, with the token groups of arXiv 2110.02861 in place of heads over a batch.
+    Deviation: ranges in float32 (float16 for 4 bits) instead of bfloat16, nearest rounding unless asked otherwise.
+    """
+
+    def __init__(self, bits: int = 8, group_size: int = 128, rounding: str = "nearest"):
+        self.bits, self.group_size, self.rounding = bits, group_size, rounding
+
+    def encode(self, x: Tensor) -> tuple[Tensor]:
+        group, width = self.group_of(x.shape[-1])
+        if width != x.shape[-1]:
+            x = F.pad(x, (0, width - x.shape[-1]))
+        groups = x.reshape(-1, group).float()
+        if self.rounding == "nearest":
+            return (torch.ops.tightfit.affine_pack(groups, self.bits),)
+        return (_pack(groups, self.bits, torch.rand_like(groups)),)
+
+    def decode(self, packed: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        _, width = self.group_of(shape[-1])
+        x = torch.ops.tightfit.affine_unpack(packed[0], self.bits).to(dtype).view(*shape[:-1], width)
+        return x if width == shape[-1] else x[..., : shape[-1]]
+
+    def nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        group, width = self.group_of(shape[-1])
+        return rows_of(shape) * (width // group) * row_bytes(group, self.bits)
+
+    def group_of(self, width: int) -> tuple[int, int]:
+        """(channels per group, channels after padding): equal groups, padded only where no divisor is near.
+
+        >>> Affine().group_of(768), Affine().group_of(1376), Affine().group_of(1009)
+        ((128, 768), (86, 1376), (128, 1024))
+        """
+        least = max(1, math.ceil(width / self.group_size))
+        for count in range(least, 2 * least):
+            if width % count == 0 and (width // count) % 2 == 0:
+                return width // count, width
+        group = math.ceil(math.ceil(width / least) / 2) * 2  # even, for two codes a byte
+        return group, group * math.ceil(max(width, 1) / group)
+
+    def shares_with(self, other: Codec) -> bool:
+        return isinstance(other, Affine) and vars(other) == vars(self)
+
+
+def row_bytes(group: int, bits: int) -> int:
+    """Bytes of one group: its codes and its range.
+
+    >>> row_bytes(128, 8), row_bytes(128, 4)
+    (136, 68)
+    """
+    return group * bits // 8 + 2 * RANGE[bits].itemsize
+
+
+@torch.library.custom_op("tightfit::affine_pack", mutates_args=())
+def affine_pack(groups: Tensor, bits: int) -> Tensor:
+    """(G, g) float32 -> (G, row_bytes) uint8, rounding to nearest."""
+    if not groups.is_cpu:
+        return _pack(groups, bits, None)
+    quantized = torch.ops.quantized
+    pack = quantized.embedding_bag_byte_prepack if bits == 8 else quantized.embedding_bag_4bit_prepack
+    packed = pack(groups.contiguous())
+    # that kernel passes over NaN; a sum does not
+    total = groups @ groups.new_ones(groups.shape[-1])
+    lost = (total - total).to(RANGE[bits]).unsqueeze(-1).view(torch.uint8)  # bytes of zero or of NaN
+    packed[:, -RANGE[bits].itemsize :] |= lost
+    return packed
+
+
+@affine_pack.register_fake
+def _(groups, bits):
+    return groups.new_empty(groups.shape[0], row_bytes(groups.shape[1], bits), dtype=torch.uint8)
+
+
+@torch.library.custom_op("tightfit::affine_unpack", mutates_args=())
+def affine_unpack(packed: Tensor, bits: int) -> Tensor:
+    """(G, row_bytes) uint8 -> (G, g) float32."""
+    if not packed.is_cpu:
+        return _unpack(packed, bits)
+    quantized = torch.ops.quantized
+    return quantized.embedding_bag_byte_unpack(packed) if bits == 8 else quantized.embedding_bag_4bit_unpack(packed)
+
+
+@affine_unpack.register_fake
+def _(packed, bits):
+    group = (packed.shape[1] - 2 * RANGE[bits].itemsize) * 8 // bits
+    return packed.new_empty(packed.shape[0], group, dtype=torch.float32)
+
+
+def _pack(groups: Tensor, bits: int, noise: Tensor | None) -> Tensor:
+    """The same layout in plain torch, for other devices and for stochastic rounding (`noise` in [0, 1))."""
+    kind, levels = RANGE[bits], 2**bits - 1
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    if bits == 4:  # rounded outwards, so that the range still holds every element
+        low = (low - low.abs() * 2**-10).to(kind).float()
+    step = (high - low) / levels
+    if bits == 4:
+        step = (step * (1 + 2**-9)).to(kind).float()
+    scaled = (groups - low).div_(step.clamp_min(torch.finfo(torch.float32).tiny))
+    codes = scaled.add_(0.5 if noise is None else noise).floor_().clamp_(0, levels).nan_to_num_(0.0).to(torch.uint8)
+    if bits == 4:
+        codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    return torch.cat([codes, step.to(kind).view(torch.uint8), low.to(kind).view(torch.uint8)], dim=1)
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    size = RANGE[bits].itemsize
+    codes, step, low = packed[:, : -2 * size], packed[:, -2 * size : -size], packed[:, -size:]
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)
+    step, low = (t.contiguous().view(RANGE[bits]).float() for t in (step, low))
+    return codes.float().mul_(step).add_(low)

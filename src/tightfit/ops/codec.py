@@ -1,0 +1,129 @@
+"""Codecs: what is kept of a tensor instead of the tensor, where backward can do with an estimate of it.
+
+An operator encodes in forward and decodes in backward; its output is never touched. A codec that cannot give the
+tensor back (`rebuilds` is False) still gives the one thing a linear layer wants it for, its weight gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_ATTRIBUTE = "_tightfit_packed"
+
+
+class Codec:
+    """Base of all codecs.
+
+    Attributes:
+        rebuilds: `decode` gives the whole tensor.
+        inner: a codec for what this one keeps, or None (sample, then quantise).
+    """
+
+    rebuilds = True
+    inner: Codec | None = None
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What is kept of x (..., I): new tensors, none of them aliasing x."""
+        raise NotImplementedError
+
+    def decode(self, packed: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """x again, approximately."""
+        raise NotImplementedError
+
+    def nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Bytes of `encode`'s tensors for a tensor of this shape and dtype."""
+        raise NotImplementedError
+
+    def weight_grad(self, packed: Sequence[Tensor], grad: Tensor, like: Like, transposed: bool) -> Tensor:
+        """grad^T x, (O, I), from what was kept of x and the output's gradient (n, O); (I, O) if `transposed`."""
+        return outer(grad, self.decode(packed, like.shape, like.dtype).reshape(-1, like.shape[-1]), transposed)
+
+    def weight_grad_of(self, grad: Tensor, x: Tensor, transposed: bool) -> Tensor:
+        """The same where x (n, I) itself is at hand in backward, because others keep what rebuilds it."""
+        return outer(grad, x, transposed)
+
+    def shares_with(self, other: Codec) -> bool:
+        """Whether what the other codec kept of a tensor serves this one as well."""
+        return other is self
+
+
+class Like(NamedTuple):
+    """Shape and dtype of an encoded tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class Kept:
+    """How an operator keeps its inputs: as they are, or each in a codec's code."""
+
+    def __init__(self, codec: Codec | None, *inputs: Tensor):
+        self.codec = codec if all(t.numel() for t in inputs) else None
+        self.likes = [(t.shape, t.dtype, _heads_inside(t)) for t in inputs]
+
+    def encode(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """New tensors, as many for each input; none where the inputs are kept themselves."""
+        if self.codec is None:
+            return ()
+        flat = (t.transpose(1, 2).flatten(2) if like[2] else t for t, like in zip(inputs, self.likes))
+        return tuple(part for t in flat for part in self.codec.encode(t))
+
+    def save(self, ctx, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Save the inputs for backward; returns the codes, which the operator must return to have them kept once."""
+        packed = self.encode(*inputs)
+        ctx.mark_non_differentiable(*packed)
+        ctx.save_for_backward(*(packed or inputs))
+        return packed
+
+    def again(self, saved: Sequence[Tensor]) -> list[Tensor]:
+        """The inputs, from what was saved of them."""
+        if self.codec is None:
+            return list(saved)
+        each = len(saved) // len(self.likes)
+        return [self._decode(saved[i * each :][:each], *like) for i, like in enumerate(self.likes)]
+
+    def _decode(self, packed: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype, heads_inside: bool) -> Tensor:
+        assert self.codec is not None
+        if not heads_inside:
+            return self.codec.decode(packed, shape, dtype)
+        rows, heads, length, width = shape
+        flat = self.codec.decode(packed, torch.Size((rows, length, heads * width)), dtype)
+        return flat.view(rows, length, heads, width).transpose(1, 2)
+
+
+def _heads_inside(t: Tensor) -> bool:
+    """Whether (B, H, L, D) lies in memory as (B, L, H, D), so that a token's heads are one run of channels."""
+    return t.dim() == 4 and not t.is_contiguous() and t.transpose(1, 2).is_contiguous()
+
+
+class Packed(NamedTuple):
+    """What one layer kept of a tensor, for its siblings that read the same tensor."""
+
+    codec: Codec
+    tensors: tuple[Tensor, ...]
+    version: int
+
+
+def pack_once(x: Tensor, cast: Tensor, codec: Codec) -> Packed:
+    """What is kept of `cast` (x as the layer uses it); siblings of the layer that read the same x share it."""
+    found: Packed | None = getattr(x, _ATTRIBUTE, None)
+    if found is not None and found.version == x._version and codec.shares_with(found.codec):
+        return found
+    packed = Packed(codec, codec.encode(cast.detach()), x._version)
+    setattr(x, _ATTRIBUTE, packed)
+    return packed
+
+
+def outer(grad: Tensor, x: Tensor, transposed: bool) -> Tensor:
+    """grad^T x for grad (n, O) and x (n, I); (I, O) if transposed."""
+    return x.t() @ grad if transposed else grad.t() @ x
+
+
+def rows_of(shape: Sequence[int]) -> int:
+    """How many vectors a tensor of this shape holds along its last dimension."""
+    return math.prod(shape[:-1])
