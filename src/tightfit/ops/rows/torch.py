@@ -121,36 +121,37 @@ def sample_rows(scores: Tensor, k: int, *, mode: str = "pps", generator: torch.G
 
     mass = _mass(scores.detach())
     best, first = torch.topk(mass, k)
-    slot = torch.arange(k, device=device)
-    below = mass.scatter(0, first, 0.0).sum()
+    seats = torch.arange(k, 0, -1, dtype=torch.float64, device=device)  # left at slot 0, 1, ...
+    rest = mass.scatter_(0, first, 0.0)
     if mode == "crs":
-        winners = (best >= _CERTAIN).sum().clamp(max=k - 1)
+        winners = best >= _CERTAIN
     else:
-        # tail[c] is the mass without the c best, summed from its small end so that nothing cancels
-        tail = best.flip(0).cumsum(0).flip(0) + below
-        fair = ((k - slot) * best >= tail).sum().clamp(max=k - 1)
-        winners = torch.where(below > 0, fair, (best > 0).sum())
-    won = slot < winners
+        # behind[c] is the mass without the c best, summed from its small end so that nothing cancels. A row that
+        # would win but for rounding may win: winners are exact, whichever they are
+        behind = best.flip(0).cumsum(0).flip(0).add_(rest.sum())
+        winners = best * seats > behind.mul_(1 - 1e-12)
+    # one seat is always drawn: where a single row is left for it, that row is certain and has weight 1
+    open_seats = k - winners.sum().clamp(max=k - 1)
+    won = seats > open_seats
 
-    rest = mass.scatter_(0, first, best.masked_fill(won, 0.0))
+    rest.scatter_(0, first, best.masked_fill(won, 0.0))
     if mode == "pps":
         order = torch.randperm(n, generator=generator, device=device)
         reach = rest.index_select(0, order).cumsum(0)
-        at = slot - winners + torch.rand((), dtype=torch.float64, generator=generator, device=device)
+        at = open_seats + torch.rand((), dtype=torch.float64, generator=generator, device=device) - seats
     else:
         reach = rest.cumsum(0)
-        at = torch.rand(k, dtype=torch.float64, generator=generator, device=device) * (k - winners)
+        at = torch.rand(k, dtype=torch.float64, generator=generator, device=device) * open_seats
     total = reach[-1]
-    share = total / (k - winners).clamp(min=1)
+    share = total / open_seats
     # rounding up to the total would go past the last row with a score
-    at = (at * share).clamp(max=torch.nextafter(total, torch.zeros_like(total)))
+    at = at.mul_(share).clamp_(max=total * (1 - 2**-52))
     drawn = torch.searchsorted(reach, at, right=True).clamp_(max=n - 1)
     if mode == "pps":
         drawn = order.index_select(0, drawn)
-
-    open_ = total > 0
-    weights = (share / rest.index_select(0, drawn)).masked_fill(~open_, 0.0).masked_fill(won, 1.0)
-    return Sample(torch.where(won, first, drawn * open_), weights.to(dtype))
+    # with nothing left to draw from, 0 / 0 seats no row
+    weights = (share / rest.index_select(0, drawn)).nan_to_num_(nan=0.0).masked_fill_(won, 1.0)
+    return Sample(torch.where(won, first, drawn * (total > 0)), weights.to(dtype))
 
 
 def weight_grad(rows_of_x: Tensor, sample: Sample, grad: Tensor, *, transposed: bool = False) -> Tensor:
