@@ -122,7 +122,7 @@ def test_exactly_the_planned_number_of_distinct_rows(dtype, seed):
         pi, winners = reference.inclusion(scores, k)
         planned = min(k, int((scores > 0).sum())) or k
         assert pi.sum().item() == pytest.approx(planned, rel=1e-12)
-        for sample in draws(scores, k, 20):
+        for sample in draws(scores, k, 8):
             filled = sample.weights > 0
             rows = sample.rows[filled]
             assert len(sample.rows) == len(sample.weights) == k
