@@ -24,7 +24,7 @@ from tightfit.core.recipe import Recipe, chain
 from tightfit.core.recommend import Choice, recommend
 from tightfit.core.skeleton import skeleton
 from tightfit.core.transform import Slot, Transform
-from tightfit.methods import Checkpointing, FusedOps, Lora, PartialEmbedding, methods
+from tightfit.methods import Checkpointing, FusedOps, Lora, Mesa, PartialEmbedding, methods
 
 __all__ = [
     "Applied",
@@ -37,6 +37,7 @@ __all__ = [
     "FusedOps",
     "Lora",
     "Measurement",
+    "Mesa",
     "PartialEmbedding",
     "Plan",
     "Recipe",

@@ -382,11 +382,11 @@ def test_only_wanted_gradients_are_formed():
         assert saved_bytes(call) == (expected + 8 if expected else 0)
 
 
-def test_default_block_is_16_to_32_mib_or_64_tokens():
+def test_default_block_is_8_to_16_mib_or_64_tokens():
     for rows in (1000, 8192, 30_522, 32_000, 50_257, 128_256, 262_144):
         tokens = block_tokens(rows)
         assert tokens % 64 == 0
-        assert 16 * 2**20 <= 4 * rows * tokens <= 32 * 2**20 or tokens == 64
+        assert 8 * 2**20 <= 4 * rows * tokens <= 16 * 2**20 or tokens == 64
 
 
 # autograd

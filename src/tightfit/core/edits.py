@@ -85,20 +85,22 @@ class _MixinHandle(Handle):
 class ModulesEdit(Edit):
     """Give every module of one kind another forward, also those that the recipe's adapters have added.
 
-    `find` gets the model as it is when the edit runs, and returns its modules with the state of each.
+    `find` gets the model as it is when the edit runs, and returns its modules with the state of each. Where `shared`,
+    modules that another edit of the recipe has given this form keep it.
     """
 
     slot: Slot = Slot.OPERATORS
     kind: str
     mixin: type
     find: Callable[[nn.Module], list[tuple[nn.Module, dict[str, Any]]]]
+    shared: bool = False
 
     @property
     def target(self) -> str:
         return f"({self.kind})"
 
     def run(self, model: nn.Module) -> Handle:
-        found = self.find(model)
+        found = [(m, s) for m, s in self.find(model) if not (self.shared and is_tight(m, self.mixin))]
         states = {id(module): state for module, state in found}
         return _MixinHandle([module for module, _ in found], self.mixin, lambda module: states[id(module)])
 

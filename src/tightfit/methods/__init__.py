@@ -5,9 +5,10 @@ from tightfit.core.transform import Transform
 from tightfit.methods.checkpointing import Checkpointing
 from tightfit.methods.fused_ops import FusedOps
 from tightfit.methods.lora import Lora
+from tightfit.methods.mesa import Mesa
 from tightfit.methods.partial_embedding import PartialEmbedding
 
-__all__ = ["Checkpointing", "FusedOps", "Lora", "PartialEmbedding", "methods"]
+__all__ = ["Checkpointing", "FusedOps", "Lora", "Mesa", "PartialEmbedding", "methods"]
 
 
 def methods() -> list[type[Transform]]:

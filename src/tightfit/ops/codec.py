@@ -22,9 +22,11 @@ class Codec:
     Attributes:
         rebuilds: `decode` gives the whole tensor.
         inner: a codec for what this one keeps, or None (sample, then quantise).
+        least: narrower rows are kept as they are (an adapter's inner dimension, say).
     """
 
     rebuilds = True
+    least = 64
     inner: Codec | None = None
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -82,10 +84,14 @@ class Kept:
 
     def again(self, saved: Sequence[Tensor]) -> list[Tensor]:
         """The inputs, from what was saved of them."""
+        return [self.one(saved, number) for number in range(len(self.likes))]
+
+    def one(self, saved: Sequence[Tensor], number: int) -> Tensor:
+        """One of them; new memory where there is a codec."""
         if self.codec is None:
-            return list(saved)
+            return saved[number]
         each = len(saved) // len(self.likes)
-        return [self._decode(saved[i * each :][:each], *like) for i, like in enumerate(self.likes)]
+        return self._decode(saved[number * each :][:each], *self.likes[number])
 
     def _decode(self, packed: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype, heads_inside: bool) -> Tensor:
         assert self.codec is not None

@@ -26,6 +26,8 @@ class Rebuild:
     Several users of the tensor share a rebuilt value, from the first one's backward to the last one's.
     """
 
+    joint = False
+
     def __init__(self, make: Callable[..., Tensor]):
         self._make = make
         self._autocast: torch.dtype | None = None

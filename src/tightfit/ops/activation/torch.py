@@ -96,7 +96,16 @@ def gated_activation(
         return recompute(product, gate, up, codec=codec)
     kept = Kept(codec, gate, up)
     out, *packed = _Gated.apply(gate, up, function, slope, kept)
-    return attach(out, packed or (gate, up), lambda *saved: product(*kept.again(saved)))
+
+    def again(*saved: Tensor) -> Tensor:
+        gate = kept.one(saved, 0)
+        value = function(gate)
+        if value is gate:
+            return value * kept.one(saved, 1)
+        del gate
+        return value.mul_(kept.one(saved, 1))
+
+    return attach(out, packed or (gate, up), again)
 
 
 class _Gated(torch.autograd.Function):
@@ -109,6 +118,9 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         refuse_second_derivative("gated_activation")
-        gate, up = ctx.kept.again(ctx.saved_tensors)
-        grad_up = ctx.function(gate).mul_(grad)
-        return ctx.slope(grad * up, gate), grad_up, None, None, None
+        saved = ctx.saved_tensors  # once: a checkpoint unpacks only once
+        pull = grad * ctx.kept.one(saved, 1)
+        gate = ctx.kept.one(saved, 0)
+        grad_gate = ctx.slope(pull, gate)
+        del pull
+        return grad_gate, ctx.function(gate).mul_(grad), None, None, None

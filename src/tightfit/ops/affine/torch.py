@@ -23,7 +23,7 @@ class Affine(Codec):
 
     Args:
         bits: 8 or 4.
-        group_size: channels that share a range, at most; rows are cut into equal groups (see `group_of`).
+        group_size: channels that share a range, nearly; rows are cut into equal groups (see `group_of`).
         rounding: "nearest" (error at most D / 2) or "stochastic" (unbiased, error below D).
 
     A group with a NaN or an infinity comes back as NaN. With 4 bits a magnitude beyond float16's range does as well.
@@ -59,17 +59,22 @@ class Affine(Codec):
         return rows_of(shape) * (width // group) * row_bytes(group, self.bits)
 
     def group_of(self, width: int) -> tuple[int, int]:
-        """(channels per group, channels after padding): equal groups, padded only where no divisor is near.
+        """(channels per group, channels after padding).
+
+        Equal, even groups: of `group_size`, or else of the divisor of the width that comes nearest between half and
+        one and a half times that, else of `group_size` with padding.
 
         >>> Affine().group_of(768), Affine().group_of(1376), Affine().group_of(1009)
-        ((128, 768), (86, 1376), (128, 1024))
+        ((128, 768), (172, 1376), (128, 1024))
         """
-        least = max(1, math.ceil(width / self.group_size))
-        for count in range(least, 2 * least):
-            if width % count == 0 and (width // count) % 2 == 0:
-                return width // count, width
-        group = math.ceil(math.ceil(width / least) / 2) * 2  # even, for two codes a byte
-        return group, group * math.ceil(max(width, 1) / group)
+        size = self.group_size
+        if width <= size:
+            return width + width % 2, width + width % 2
+        near = [g for g in range(2, width + 1, 2) if width % g == 0 and 2 * g >= size and 2 * g <= 3 * size]
+        if near:
+            return min(near, key=lambda g: abs(math.log(g / size))), width
+        even = size + size % 2
+        return even, even * math.ceil(width / even)
 
     def shares_with(self, other: Codec) -> bool:
         return isinstance(other, Affine) and vars(other) == vars(self)

@@ -50,7 +50,9 @@ def linear(
         return F.linear(x, weight.t() if transposed else weight, bias)
     if codec is not None and not x.is_floating_point():
         raise TypeError(f"linear: the input is {x.dtype}; a codec keeps floating point, so cast it before")
-    return _Linear.apply(x, weight, bias, transposed, sole, codec if x.numel() else None)
+    if codec is not None and (x.shape[-1] < codec.least or not x.numel()):
+        codec = None
+    return _Linear.apply(x, weight, bias, transposed, sole, codec)
 
 
 class _Linear(torch.autograd.Function):
@@ -83,20 +85,26 @@ class _Linear(torch.autograd.Function):
         refuse_second_derivative("linear")
         weight, *kept = ctx.saved_tensors
         grad_rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_w = grad_b = None
+        # a source that finishes its own backward here needs the input's gradient; else the rebuilt input goes first
+        joint = ctx.sole and ctx.rebuild is not None and ctx.rebuild.joint
         with torch.autocast(grad.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                matrix = weight.to(grad.dtype)
-                grad_x = grad_rows @ (matrix.t() if ctx.transposed else matrix)
-                grad_x = grad_x.view(ctx.like.shape).to(ctx.input_dtype)
+            grad_x = _input_grad(ctx, grad_rows, weight) if joint else None
             if ctx.packed is not None:
                 grad_w = ctx.packed.weight_grad(kept, grad_rows, ctx.like, ctx.transposed)
             else:
-                # before the weight's: a source may finish its own backward with it
-                x = kept[0] if ctx.rebuild is None else ctx.rebuild(kept, grad_x if ctx.sole else None)
-                rows = x.reshape(-1, ctx.like.shape[-1]).to(ctx.like.dtype)
+                x = kept[0] if ctx.rebuild is None else ctx.rebuild(kept, grad_x)
                 form = outer if ctx.codec is None else ctx.codec.weight_grad_of
-                grad_w = form(grad_rows, rows, ctx.transposed)
-            if ctx.needs_input_grad[2]:
-                grad_b = grad_rows.sum(0).to(weight.dtype)
+                grad_w = form(grad_rows, x.reshape(-1, ctx.like.shape[-1]).to(ctx.like.dtype), ctx.transposed)
+                del x
+            grad_b = grad_rows.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
+            if not joint:
+                grad_x = _input_grad(ctx, grad_rows, weight)
         return grad_x, grad_w.to(weight.dtype), grad_b, None, None, None
+
+
+def _input_grad(ctx, grad_rows: Tensor, weight: Tensor) -> Tensor | None:
+    if not ctx.needs_input_grad[0]:
+        return None
+    matrix = weight.to(grad_rows.dtype)
+    grad_x = grad_rows @ (matrix.t() if ctx.transposed else matrix)
+    return grad_x.view(ctx.like.shape).to(ctx.input_dtype)

@@ -23,7 +23,7 @@ from torch import Tensor
 from tightfit.ops.autograd import autocast_dtype
 from tightfit.ops.linear_cross_entropy.reference import LOW_PRECISION, HeadLoss, check_settings, check_tensors
 
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 16 * 2**20
 MIN_BLOCK_TOKENS = 64
 
 
@@ -71,7 +71,7 @@ def linear_cross_entropy(
             over several batches (`num_items_in_batch`) take "sum" and divide. If all tokens are ignored, or
             there are none, the mean is NaN with gradient 0 and the sum is 0, as in torch.
         label_smoothing: spread evenly over all K + D rows.
-        chunk_tokens: tokens per block; by default as many as keep a block within 32 MiB, at least 64.
+        chunk_tokens: tokens per block; by default as many as keep a block within 16 MiB, at least 64.
         return_frozen_mass: return `HeadLoss(loss, frozen_mass)`. With p the frozen mass of a token, its loss
             over all rows minus its loss over the trainable ones alone is `-log(1 - p)`.
 
@@ -120,10 +120,10 @@ def linear_cross_entropy(
 
 
 def block_tokens(rows: int) -> int:
-    """Tokens whose float32 logits over `rows` rows fit 32 MiB: a multiple of 64, at least 64.
+    """Tokens whose float32 logits over `rows` rows fit 16 MiB: a multiple of 64, at least 64.
 
     >>> block_tokens(32_000), block_tokens(262_144)
-    (256, 64)
+    (128, 64)
     """
     fitting = BLOCK_BYTES // (4 * rows)
     return max(MIN_BLOCK_TOKENS, fitting // MIN_BLOCK_TOKENS * MIN_BLOCK_TOKENS)

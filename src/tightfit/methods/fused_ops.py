@@ -1,9 +1,8 @@
-"""The FusedOps transform."""
+"""FusedOps: the operators of a step keep each tensor once, and rebuild what can be rebuilt."""
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -11,23 +10,12 @@ from torch import nn
 
 from tightfit.core import hfmodel
 from tightfit.core.deferred import DeferredHead, HeadSource
-from tightfit.core.edits import Edit, Handle, ModulesEdit
-from tightfit.core.errors import SelectorError
+from tightfit.core.edits import Edit, Handle
 from tightfit.core.fields import check_bool, check_selector
-from tightfit.core.select import select
 from tightfit.core.tight import is_tight, loosen, tighten
 from tightfit.core.transform import Context, Slot, Transform
-from tightfit.methods.fused_ops import modules
-from tightfit.methods.fused_ops.attention import AttentionEdit, supports
-
-KINDS = {
-    "linear": (modules.FusedLinear, modules.linears),
-    "layer norm": (modules.FusedLayerNorm, modules.layer_norms),
-    "rms norm": (modules.FusedRMSNorm, modules.rms_norms),
-    "activation": (modules.FusedActivation, modules.activations),
-    "gated mlp": (modules.FusedGate, modules.gates),
-    "dropout": (modules.FusedDropout, modules.dropouts),
-}
+from tightfit.methods.operators import operator_edits
+from tightfit.methods.operators.attention import AttentionEdit, supports
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,33 +65,11 @@ class FusedOps(Transform):
         yield cls()
 
     def edits(self, model: nn.Module, context: Context) -> Iterator[Edit]:
-        if self.where is not None:
-            select(model, self.where, method="FusedOps")  # every pattern matches something
-        counts = {kind: len(find(self._chosen)(model)) for kind, (_, find) in KINDS.items()}
-        if self.where is not None and not any(counts.values()):
-            raise SelectorError(f"FusedOps: where={self.where!r} matches no module of {type(model).__name__} to fuse")
-        for kind, (mixin, find) in KINDS.items():
-            if counts[kind]:
-                yield ModulesEdit(kind=kind, mixin=mixin, find=find(self._chosen), note=f"{counts[kind]} modules")
-        everywhere = modules.blocks(lambda name: True)
-        if everywhere(model):
-            yield ModulesEdit(
-                kind="block", mixin=modules.FusedBlock, find=everywhere, note="as one under checkpointing"
-            )
+        yield from operator_edits(model, self.where, method="FusedOps")
         if self.where is None and supports(model):
             yield AttentionEdit(note="keeps q, k and v")
         if self.loss and hfmodel.has_lm_head(model):
             yield LossEdit(note="chunked loss")
-
-    def _chosen(self, name: str) -> bool:
-        if self.where is None:
-            return True
-        # patterns are written for the stock model
-        name = name.replace(".base_layer", "")
-        return any(
-            fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
-            for pattern in (part.strip() for part in self.where.split("|"))
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from tightfit.core.edits import Edit, Handle
 from tightfit.core.transform import Slot
 from tightfit.ops.attention import attention, dropout_attention
+from tightfit.ops.codec import Codec
 
 STOCK = "sdpa"
 OURS = "tightfit_sdpa"
@@ -24,11 +26,14 @@ def supports(model: nn.Module) -> bool:
     return bool(backend) and getattr(config, "_attn_implementation", None) == STOCK
 
 
-def fused_sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+def fused_sdpa(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, codec=None, **kwargs
+):
     """transformers' sdpa attention; where a gradient is wanted, its probabilities and its output are not kept.
 
     Args:
         query: (B, H, L, D); key, value: (B, H_kv, S, D).
+        codec: keeps these in its code.
 
     Returns:
         ((B, L, H, D), None), bit for bit what the stock function gives.
@@ -44,47 +49,52 @@ def fused_sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=N
     if not needs or learned or odd or torch.compiler.is_compiling():
         return stock(query, key, value, attention_mask), None
     if dropout == 0 or query.device.type != "cpu":
-        return attention(stock, query, key, value, attention_mask, random=dropout > 0), None
+        return attention(stock, query, key, value, attention_mask, random=dropout > 0, codec=codec), None
     groups = query.shape[1] // key.shape[1]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     causal = bool(causal) and query.shape[2] > 1 and attention_mask is None
     if attention_mask is not None:
         attention_mask = attention_mask[..., : key.shape[2]]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    return dropout_attention(query, key, value, attention_mask, dropout, scale=scaling, causal=causal), None
+    out = dropout_attention(query, key, value, attention_mask, dropout, scale=scaling, causal=causal, codec=codec)
+    return out, None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionEdit(Edit):
-    """Set the model's attention implementation, and set it back."""
+    """Set the model's attention implementation to the fused one, and set it back.
+
+    Where two methods of a recipe do so, the one with a codec counts.
+    """
 
     slot: Slot = Slot.OPERATORS
-    exclusive: bool = True
+    codec: Codec | None = None
+    label: str = ""
 
     @property
     def target(self) -> str:
         return "(attention)"
 
     def run(self, model: nn.Module) -> Handle:
-        return _AttentionHandle(model)
+        return _AttentionHandle(model, self.codec, OURS + self.label)
 
 
 class _AttentionHandle(Handle):
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, codec: Codec | None, name: str):
         from transformers import AttentionInterface
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-        AttentionInterface.register(OURS, fused_sdpa)
-        AttentionMaskInterface.register(OURS, ALL_MASK_ATTENTION_FUNCTIONS[STOCK])  # or the mask is silently None
-        _set(model, STOCK, OURS)
+        AttentionInterface.register(name, functools.partial(fused_sdpa, codec=codec))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[STOCK])  # or the mask is silently None
+        self.changed: list[tuple[Any, str, str]] = []
+        for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
+            now = getattr(config, "_attn_implementation_internal", None)
+            if now == STOCK or (now == OURS and codec is not None):
+                # `set_attn_implementation` would also check kernels
+                config._attn_implementation_internal = name
+                self.changed.append((config, now, name))
 
     def undo(self, model: Any) -> None:
-        _set(model, OURS, STOCK)
-
-
-def _set(model: Any, old: str, new: str) -> None:
-    """Set it on every config of the model that has the old one; `set_attn_implementation` would also check kernels."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    for config in configs.values():
-        if getattr(config, "_attn_implementation_internal", None) == old:
-            config._attn_implementation_internal = new
+        for config, before, name in reversed(self.changed):
+            if config._attn_implementation_internal == name:
+                config._attn_implementation_internal = before

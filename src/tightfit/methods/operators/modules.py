@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import nn
 
 from tightfit.core import hfmodel
-from tightfit.core.tight import state_of
-from tightfit.methods.fused_ops import probe
+from tightfit.core.tight import is_tight, state_of
+from tightfit.methods.operators import probe
 from tightfit.ops.activation import activation, gated_activation, slope_of
+from tightfit.ops.codec import Codec
 from tightfit.ops.dropout import dropout
 from tightfit.ops.linear import linear
 from tightfit.ops.norm import layer_norm, rms_norm
@@ -28,6 +30,26 @@ GATED = (
 """Names that gated MLPs give to (gate, up, down, activation); what the module computes is tried."""
 
 
+class Coded:
+    """Marks a module that keeps what it must keep in a codec's code."""
+
+
+class Estimated:
+    """Marks a linear layer whose weight gradient a codec estimates."""
+
+
+def codec_of(module: Any) -> Codec | None:
+    """The codec of a module's kept tensors; on a marked linear layer the estimator, over that codec. None in eval."""
+    if not module.training:
+        return None
+    stored = state_of(module, Coded)["codec"] if is_tight(module, Coded) else None
+    if not is_tight(module, Estimated):
+        return stored
+    estimator = state_of(module, Estimated)["codec"]
+    estimator.inner = stored
+    return estimator
+
+
 class FusedLinear:
     """A linear layer that keeps the source of its input."""
 
@@ -36,14 +58,15 @@ class FusedLinear:
             return super().forward(x)  # type: ignore[misc]
         state = state_of(self, FusedLinear)  # type: ignore[arg-type]
         weight, bias = self.weight, self.bias  # type: ignore[attr-defined]
-        return linear(x, weight, bias, transposed=state["transposed"], sole=state["sole"])
+        return linear(x, weight, bias, transposed=state["transposed"], sole=state["sole"], codec=codec_of(self))
 
 
 class FusedLayerNorm:
     """A layer norm whose output is rebuilt."""
 
     def forward(self, x):
-        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)  # type: ignore[attr-defined]
+        norm: Any = self
+        return layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps, codec=codec_of(self))
 
 
 class FusedRMSNorm:
@@ -51,7 +74,8 @@ class FusedRMSNorm:
 
     def forward(self, x):
         state = state_of(self, FusedRMSNorm)  # type: ignore[arg-type]
-        return rms_norm(x, self.weight, state["eps"], super().forward, offset=state["offset"])  # type: ignore[misc, attr-defined]
+        weight, stock = self.weight, super().forward  # type: ignore[attr-defined, misc]
+        return rms_norm(x, weight, state["eps"], stock, offset=state["offset"], codec=codec_of(self))
 
 
 class FusedActivation:
@@ -59,7 +83,7 @@ class FusedActivation:
 
     def forward(self, x):
         slope = state_of(self, FusedActivation)["slope"]  # type: ignore[arg-type]
-        return activation(x, super().forward, slope)  # type: ignore[misc]
+        return activation(x, super().forward, slope, codec=codec_of(self))  # type: ignore[misc]
 
 
 class FusedGate:
@@ -68,8 +92,8 @@ class FusedGate:
     def forward(self, x):
         gate, up, down, act = state_of(self, FusedGate)["names"]  # type: ignore[arg-type]
         function = getattr(self, act)
-        product = gated_activation(getattr(self, gate)(x), getattr(self, up)(x), function, slope_of(function))
-        return getattr(self, down)(product)
+        gated, raised = getattr(self, gate)(x), getattr(self, up)(x)
+        return getattr(self, down)(gated_activation(gated, raised, function, slope_of(function), codec=codec_of(self)))
 
 
 class FusedDropout:
@@ -93,6 +117,28 @@ class FusedBlock:
                 if isinstance(value, torch.Tensor):
                     detach_source(value)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class NoCache:
+    """A backbone that keeps no keys and values for generation while it trains, unless it is asked to.
+
+    They would hold in full what attention keeps in code.
+    """
+
+    def forward(self, *args, **kwargs):
+        if self.training and kwargs.get("past_key_values") is None and kwargs.get("use_cache") is None:  # type: ignore[attr-defined]
+            kwargs["use_cache"] = False
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def takes_cache(backbone: nn.Module) -> bool:
+    """Whether the backbone's call takes `use_cache`."""
+    return "use_cache" in inspect.signature(type(backbone).forward).parameters
+
+
+def fused(mixin: type, chosen: Chosen, state: Callable[[nn.Module], dict[str, Any]]) -> Callable[[nn.Module], Found]:
+    """The modules that carry a fused form already, with the state of a mark to put on them."""
+    return lambda model: [(m, state(m)) for name, m in _matching(model, chosen) if is_tight(m, mixin)]
 
 
 def blocks(chosen: Chosen) -> Callable[[nn.Module], Found]:
