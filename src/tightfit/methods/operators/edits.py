@@ -61,8 +61,11 @@ def operator_edits(
     chosen, kinds = chosen_by(where), tuple(kinds)
     counts = {kind: len(modules_) for kind, modules_ in found(model, chosen, kinds).items()}
     if not any(counts.values()):
-        named = "the model" if where is None else f"where={where!r}"
-        raise SelectorError(f"{method}: {named} holds no module of {type(model).__name__} to fuse ({', '.join(kinds)})")
+        chosen_ones = "" if where is None else f" that where={where!r} matches"
+        raise SelectorError(
+            f"{method}: no module of {type(model).__name__}{chosen_ones} has a fused form; "
+            f"those that have one are of these kinds: {', '.join(kinds)}"
+        )
     for kind in kinds:
         mixin, find = KINDS[kind]
         if counts[kind]:
