@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -87,10 +88,9 @@ class Mesa(Transform):
 
     def edits(self, model: nn.Module, context: Context) -> Iterator[Edit]:
         yield from operator_edits(model, self.where, method="Mesa")
-        codecs = {kind: self._codec(self.mlp_bits if kind in MLP else None) for kind in CODED}
-        for kind, codec in codecs.items():
-            note = f"{codec.bits} bits"
-            yield mark_edit(kind, self.where, Coded, lambda module, codec=codec: {"codec": codec}, note)
+        for kind in CODED:
+            codec = self._codec(self.mlp_bits if kind in MLP else None)
+            yield mark_edit(kind, self.where, Coded, functools.partial(_state, codec), f"{codec.bits} bits")
         if self.attention and supports(model):
             label = f"_{self.bits}_{self.group_size}_{self.rounding}"
             yield AttentionEdit(codec=self._codec(None), label=label, note=f"keeps q, k and v in {self.bits} bits")
@@ -99,3 +99,7 @@ class Mesa(Transform):
 
     def _codec(self, bits: int | None) -> Affine:
         return Affine(self.bits if bits is None else bits, self.group_size, self.rounding)
+
+
+def _state(codec: Affine, module: nn.Module) -> dict[str, Affine]:
+    return {"codec": codec}

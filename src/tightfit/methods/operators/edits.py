@@ -71,6 +71,15 @@ def operator_edits(
         if counts[kind]:
             note = f"{counts[kind]} modules"
             yield ModulesEdit(kind=kind, mixin=mixin, find=find(chosen), note=note, shared=True)
+    if "linear" in kinds:
+        lora = modules.lora_layers(chosen)
+        yield ModulesEdit(
+            kind="lora",
+            mixin=modules.FusedLora,
+            find=lora,
+            note="LoRA layers, where there are any, add in place",
+            shared=True,
+        )
     everywhere = modules.blocks(chosen_by(None))
     if everywhere(model):
         block = modules.FusedBlock

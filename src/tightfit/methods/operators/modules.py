@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from tightfit.methods.operators import probe
 from tightfit.ops.activation import activation, gated_activation, slope_of
 from tightfit.ops.codec import Codec
 from tightfit.ops.dropout import dropout
-from tightfit.ops.linear import linear
+from tightfit.ops.linear import add_scaled, linear
 from tightfit.ops.norm import layer_norm, rms_norm
 from tightfit.ops.source import detach_source
 
@@ -59,6 +60,23 @@ class FusedLinear:
         state = state_of(self, FusedLinear)  # type: ignore[arg-type]
         weight, bias = self.weight, self.bias  # type: ignore[attr-defined]
         return linear(x, weight, bias, transposed=state["transposed"], sole=state["sole"], codec=codec_of(self))
+
+
+class FusedLora:
+    """PEFT's LoRA layer, which adds the adapter's output to the frozen layer's in place."""
+
+    def forward(self, x, *args, **kwargs):
+        layer: Any = self
+        active = [name for name in layer.active_adapters if name in layer.lora_A]
+        plain = not (args or kwargs or layer.disable_adapters or layer.merged) and len(active) == 1
+        if not plain or active[0] in layer.lora_variant or torch.compiler.is_compiling():
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        name, result = active[0], layer.base_layer(x)
+        down, up = layer.lora_A[name], layer.lora_B[name]
+        update = up(down(layer.lora_dropout[name](layer._cast_input_dtype(x, down.weight.dtype))))
+        if update.dtype != result.dtype:
+            return (result + update * layer.scaling[name]).to(result.dtype)
+        return add_scaled(result, update, layer.scaling[name])
 
 
 class FusedLayerNorm:
@@ -165,6 +183,20 @@ def linears(chosen: Chosen) -> Callable[[nn.Module], Found]:
                 sole = not any(name.startswith(f"{adapter}.") for adapter in adapted)
                 found.append((module, {"transposed": hfmodel.is_conv1d(module), "sole": sole}))
         return found
+
+    return find
+
+
+def lora_layers(chosen: Chosen) -> Callable[[nn.Module], Found]:
+    """PEFT's LoRA layers over plain linear ones."""
+
+    def find(model: nn.Module) -> Found:
+        if "peft.tuners.lora.layer" not in sys.modules:
+            return []
+        from peft.tuners.lora.layer import Linear
+
+        stock = Linear.forward
+        return [(m, {}) for name, m in _matching(model, chosen) if type(m).forward is stock]
 
     return find
 

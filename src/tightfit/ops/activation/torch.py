@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -15,23 +14,34 @@ from tightfit.ops.source import attach
 
 aten = torch.ops.aten
 Function = Callable[[Tensor], Tensor]
-Slope = Callable[[Tensor, Tensor], Tensor]
+Slope = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def slope_of(function: Function) -> Slope | None:
-    """(grad, x) -> grad * f'(x) by torch's own kernel, or None where there is none for this function.
+    """(grad, x, memory) -> grad * f'(x) by torch's own kernel, or None where there is none for this function.
+
+    The result goes into `memory`, which may be that of x, or into new memory where that is None.
 
     >>> slope_of(nn.ReLU()) is None
     True
     """
     names = [cls.__name__ for cls in type(function).__mro__]
+    options = {}
     if "SiLU" in names or "SiLUActivation" in names:
-        return aten.silu_backward
-    if "GELU" in names:
-        return functools.partial(aten.gelu_backward, approximate=function.approximate)  # type: ignore[attr-defined]
-    if "GELUActivation" in names and function.act is nn.functional.gelu:  # type: ignore[attr-defined]
-        return functools.partial(aten.gelu_backward, approximate="none")
-    return None
+        kernel = aten.silu_backward
+    elif "GELU" in names:
+        kernel, options = aten.gelu_backward, {"approximate": function.approximate}  # type: ignore[attr-defined]
+    elif "GELUActivation" in names and function.act is nn.functional.gelu:  # type: ignore[attr-defined]
+        kernel, options = aten.gelu_backward, {"approximate": "none"}
+    else:
+        return None
+
+    def slope(grad: Tensor, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        if memory is None or memory.dtype != grad.dtype or x.dtype != grad.dtype:
+            return kernel(grad, x, **options)
+        return kernel.grad_input(grad, x, **options, grad_input=memory)
+
+    return slope
 
 
 def activation(x: Tensor, function: Function, slope: Slope | None = None, *, codec: Codec | None = None) -> Tensor:
@@ -68,7 +78,7 @@ class _Activation(torch.autograd.Function):
     def backward(ctx, grad, *_):
         refuse_second_derivative("activation")
         (x,) = ctx.kept.again(ctx.saved_tensors)
-        return ctx.slope(grad, x), None, None, None
+        return ctx.slope(grad, x, x if ctx.kept.codec is not None else None), None, None, None
 
 
 def gated_activation(
@@ -121,6 +131,5 @@ class _Gated(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: a checkpoint unpacks only once
         pull = grad * ctx.kept.one(saved, 1)
         gate = ctx.kept.one(saved, 0)
-        grad_gate = ctx.slope(pull, gate)
-        del pull
+        grad_gate = ctx.slope(pull, gate, pull)
         return grad_gate, ctx.function(gate).mul_(grad), None, None, None

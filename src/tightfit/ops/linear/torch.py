@@ -108,3 +108,25 @@ def _input_grad(ctx, grad_rows: Tensor, weight: Tensor) -> Tensor | None:
     matrix = weight.to(grad_rows.dtype)
     grad_x = grad_rows @ (matrix.t() if ctx.transposed else matrix)
     return grad_x.view(ctx.like.shape).to(ctx.input_dtype)
+
+
+def add_scaled(result: Tensor, update: Tensor, factor: float) -> Tensor:
+    """result + update * factor, bit for bit, in the memory of `update` (an adapter's output, which nobody keeps).
+
+    Example:
+        >>> add_scaled(torch.ones(2), torch.ones(2), 0.5).tolist()
+        [1.5, 1.5]
+    """
+    return _AddScaled.apply(result, update, factor)
+
+
+class _AddScaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, result, update, factor):
+        ctx.factor = factor
+        ctx.mark_dirty(update)
+        return update.mul_(factor).add_(result)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad if ctx.factor == 1 else grad * ctx.factor, None
