@@ -8,18 +8,15 @@ configuration is used for that.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
-import multiprocessing
-import resource
+import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import record
 import torch
+from turns import measured, process
 
 NAME = "step_time"
 QUICK = False
@@ -120,52 +117,6 @@ def stepper(case: Case):
     return step
 
 
-def serve(case: Case, requests) -> None:
-    """Run a step of the case for every request, and answer with its seconds and the bytes faulted in."""
-    torch.set_num_threads(1)
-    step = stepper(case)
-    gc.collect()
-    while requests.recv():
-        faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.process_time()
-        step()
-        seconds = time.process_time() - start
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-        requests.send((seconds, faults * resource.getpagesize()))
-
-
-@contextlib.contextmanager
-def process(case: Case) -> Iterator[Callable[[], tuple[float, int]]]:
-    """A process that holds the case, as a function that runs a step in it."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    child = context.Process(target=serve, args=(case, theirs), daemon=True)
-    child.start()
-
-    def step() -> tuple[float, int]:
-        ours.send(True)
-        return ours.recv()
-
-    try:
-        yield step
-    finally:
-        ours.send(False)
-        child.join()
-
-
-def measured(stock: Callable, other: Callable, rounds: int = ROUNDS) -> dict[str, float]:
-    """What rounds stock, case, stock, case ... took, after three to warm up."""
-    found = [(stock(), other()) for _ in range(rounds + 3)][3:]
-    base, times = ([row[i][0] for row in found] for i in (0, 1))
-    return {
-        "measured": statistics.median(b / a for a, b in zip(base, times)),
-        "measured_least": min(times) / min(base),
-        "seconds": statistics.median(times),
-        "stock_seconds": statistics.median(base),
-        "faulted_bytes": statistics.median(row[1][1] for row in found),
-        "stock_faulted_bytes": statistics.median(row[0][1] for row in found),
-    }
-
-
 def simulation(case: Case):
     import tightfit
 
@@ -186,14 +137,14 @@ def run() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for family in FAMILIES:
         base = simulation(Case(family, "stock"))
-        with process(Case(family, "stock")) as stock:
+        with process(functools.partial(stepper, Case(family, "stock"))) as stock:
             for case in (c for c in cases() if c.family == family):
                 simulated = simulation(case)
                 start = time.process_time()
                 predicted = relative_step_time(simulated, base, coefficients)
                 spent = time.process_time() - start
-                with process(case) as other:
-                    truth = measured(stock, other)
+                with process(functools.partial(stepper, case)) as other:
+                    truth = measured(stock, other, ROUNDS)
                 rows.append(
                     {
                         "family": family,

@@ -21,11 +21,13 @@ class Codec:
 
     Attributes:
         rebuilds: `decode` gives the whole tensor.
+        parts: how many tensors `encode` makes.
         inner: a codec for what this one keeps, or None (sample, then quantise).
         least: narrower rows are kept as they are (an adapter's inner dimension, say).
     """
 
     rebuilds = True
+    parts = 1
     least = 64
     inner: Codec | None = None
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from tightfit.core.edits import Edit, ModulesEdit
-from tightfit.core.errors import SelectorError
+from tightfit.core.edits import Edit, ModulesEdit, Part
+from tightfit.core.errors import SelectorError, shorten
 from tightfit.core.select import select
 from tightfit.methods.operators import modules
 from tightfit.methods.operators.modules import Chosen, Found
@@ -90,3 +90,61 @@ def mark_edit(kind: str, where: str | None, mark: type, state: State, note: str,
     """An edit that puts a mark on the fused modules of a kind: what they keep, they keep by the codec in its state."""
     find = modules.fused(KINDS[kind][0], chosen_by(where), state)
     return ModulesEdit(kind=f"{kind}: {note}", mixin=mark, find=find, note=note, **options)
+
+
+def owner_of(name: str) -> str:
+    """The stock name of the layer that a layer of an adapter belongs to.
+
+    >>> owner_of("layer.0.query.lora_A.default"), owner_of("layer.0.query.base_layer"), owner_of("layer.0.key")
+    ('layer.0.query', 'layer.0.query', 'layer.0.key')
+    """
+    return name.split(".lora_")[0].removesuffix(".base_layer")
+
+
+def estimator_edits(
+    model: nn.Module,
+    targets: Iterable[str],
+    state: Callable[[str, nn.Module], dict[str, Any]],
+    *,
+    method: str,
+    part: Part,
+    note: str,
+) -> Iterator[Edit]:
+    """Edits after which codecs estimate the weight gradients of linear layers, or of their adapters.
+
+    Args:
+        targets: stock names of the layers.
+        state: from the name and the layer to the state of its `Estimated` mark.
+
+    Raises (when run):
+        SelectorError: none of the layers trains under the recipe.
+    """
+    targets = tuple(targets)
+    named = frozenset(targets)
+
+    def find(model: nn.Module) -> Found:
+        names = {id(module): name for name, module in model.named_modules()}
+        layers = [m for m, _ in modules.linears(lambda name: owner_of(name) in named)(model) if trains(m)]
+        if not layers:
+            raise SelectorError(
+                f"{method}: none of its {len(named)} layers trains under this recipe ({shorten(sorted(named), 3)}); "
+                f"name layers that train, or put adapters on these with Lora(where=...)"
+            )
+        return [(layer, state(names[id(layer)], layer)) for layer in layers]
+
+    fused = modules.linears(lambda name: owner_of(name) in named)
+    yield ModulesEdit(kind="linear", mixin=modules.FusedLinear, find=fused, note=f"{len(targets)} modules", shared=True)
+    yield ModulesEdit(
+        kind="linear: weight gradient",
+        mixin=modules.Estimated,
+        find=find,
+        exclusive=True,
+        places=targets,
+        part=part,
+        note=f"{len(targets)} modules, {note}",
+    )
+
+
+def trains(module: Any) -> bool:
+    """Whether a layer's weight takes a gradient now."""
+    return bool(module.weight.requires_grad)

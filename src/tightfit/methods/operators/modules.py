@@ -18,6 +18,8 @@ from tightfit.ops.codec import Codec
 from tightfit.ops.dropout import dropout
 from tightfit.ops.linear import add_scaled, linear
 from tightfit.ops.norm import layer_norm, rms_norm
+from tightfit.ops import rows
+from tightfit.ops.rows import attention_masks
 from tightfit.ops.source import detach_source
 
 Found = list[tuple[nn.Module, dict[str, Any]]]
@@ -149,6 +151,30 @@ class NoCache:
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
+class TellsRows:
+    """A block that tells its layers which rows are padding."""
+
+    def forward(self, *args, **kwargs):
+        places = state_of(self, TellsRows)["places"]  # type: ignore[arg-type]
+        found = [kwargs.get(name, args[at] if at < len(args) else None) for name, at in places.items()]
+        with attention_masks(*found):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def mask_places(block: nn.Module) -> dict[str, int]:
+    """Names of the masks that a block's call takes, each with its position."""
+    names = list(inspect.signature(block.forward).parameters)
+    return {name: at for at, name in enumerate(names) if name in ("attention_mask", "encoder_attention_mask")}
+
+
+class TakesIndex:
+    """A model whose batches say which examples of the data set they hold."""
+
+    def forward(self, *args, sample_index=None, **kwargs):
+        with rows.sample_index(sample_index if self.training else None):  # type: ignore[attr-defined]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
 def takes_cache(backbone: nn.Module) -> bool:
     """Whether the backbone's call takes `use_cache`."""
     return "use_cache" in inspect.signature(type(backbone).forward).parameters
@@ -159,13 +185,15 @@ def fused(mixin: type, chosen: Chosen, state: Callable[[nn.Module], dict[str, An
     return lambda model: [(m, state(m)) for name, m in _matching(model, chosen) if is_tight(m, mixin)]
 
 
-def blocks(chosen: Chosen) -> Callable[[nn.Module], Found]:
+def blocks(
+    chosen: Chosen, state: Callable[[nn.Module], dict[str, Any]] = lambda block: {}
+) -> Callable[[nn.Module], Found]:
     """The blocks of every stack."""
 
     def find(model: nn.Module) -> Found:
         names = (name for stack in hfmodel.stacks(model) for name in stack)
         unique = {id(block): block for name in names if chosen(name) for block in [model.get_submodule(name)]}
-        return [(block, {}) for block in unique.values()]
+        return [(block, state(block)) for block in unique.values()]
 
     return find
 

@@ -1,5 +1,22 @@
 """Weight gradients from a sample of the rows."""
 
+from tightfit.ops.rows.codec import Rows
+from tightfit.ops.rows.scores import Cached, Running, Scores, sample_index
 from tightfit.ops.rows.torch import MODES, Sample, kept_rows, row_norms, sample_rows, weight_grad
+from tightfit.ops.rows.valid import attention_masks, row_factor
 
-__all__ = ["MODES", "Sample", "kept_rows", "row_norms", "sample_rows", "weight_grad"]
+__all__ = [
+    "MODES",
+    "Cached",
+    "Rows",
+    "Running",
+    "Sample",
+    "Scores",
+    "attention_masks",
+    "kept_rows",
+    "row_factor",
+    "row_norms",
+    "sample_index",
+    "sample_rows",
+    "weight_grad",
+]

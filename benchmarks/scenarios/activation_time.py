@@ -1,0 +1,78 @@
+"""Step times of FusedOps, Mesa, WtaCrs and their compositions against stock, on the CPU, forward and backward."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+from turns import measured, process
+
+NAME = "activation_time"
+QUICK = False
+ROUNDS = 7
+MODELS: dict[str, dict[str, Any]] = {
+    "BERT-base blocks, 16 x 128": {"family": "bert", "layers": 3, "batch": (16, 128)},
+    "Llama blocks of width 512, vocabulary 32,000, 4 x 256": {"family": "llama", "layers": 4, "batch": (4, 256)},
+}
+RECIPES: dict[str, list[dict[str, Any]]] = {
+    "Checkpointing": [{"Checkpointing": {}}],
+    "FusedOps": [{"FusedOps": {}}],
+    "FusedOps + Mesa": [{"FusedOps": {}}, {"Mesa": {}}],
+    "FusedOps + Mesa, attention": [{"FusedOps": {}}, {"Mesa": {"attention": True}}],
+    "WtaCrs": [{"WtaCrs": {}}],
+    "FusedOps + WtaCrs": [{"FusedOps": {}}, {"WtaCrs": {}}],
+    "FusedOps + Mesa + WtaCrs": [{"FusedOps": {}}, {"Mesa": {}}, {"WtaCrs": {}}],
+    "Lora": [{"Lora": {}}],
+    "Lora + Checkpointing": [{"Lora": {}}, {"Checkpointing": {}}],
+    "Lora + FusedOps": [{"Lora": {}}, {"FusedOps": {}}],
+    "Lora + FusedOps + Mesa, attention": [{"Lora": {}}, {"FusedOps": {}}, {"Mesa": {"attention": True}}],
+}
+
+
+def stepper(model: str, methods: list[dict[str, Any]]):
+    """Forward and backward of the model under the recipe."""
+    import tightfit
+    import transformers as hf
+
+    settings = MODELS[model]
+    torch.manual_seed(0)
+    if settings["family"] == "bert":
+        config = hf.BertConfig(num_hidden_layers=settings["layers"])
+        made: Any = hf.BertForSequenceClassification(config)
+    else:
+        size = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8}
+        made = hf.LlamaForCausalLM(hf.LlamaConfig(**size, num_hidden_layers=settings["layers"], vocab_size=32_000))
+    recipe = tightfit.chain(*(getattr(tightfit, name)(**fields) for m in methods for name, fields in m.items()))
+    applied = tightfit.apply(made.train(), recipe)
+    rows, length = settings["batch"]
+    ids = torch.randint(5, 30_000, (rows, length))
+    labels = torch.randint(0, 2, (rows,)) if settings["family"] == "bert" else ids
+
+    def step() -> None:
+        applied.model(input_ids=ids, labels=labels).loss.backward()
+        for parameter in applied.parameters():
+            parameter.grad = None
+
+    return step
+
+
+def run() -> list[dict[str, Any]]:
+    """One row per model and recipe; resumes."""
+    path = Path(record.RESULTS) / f"{NAME}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    done = {(row["model"], row["recipe"]) for row in rows}
+    for model in MODELS:
+        wanted = [name for name in RECIPES if (model, name) not in done]
+        if not wanted:
+            continue
+        with process(functools.partial(stepper, model, [])) as stock:
+            for name in wanted:
+                with process(functools.partial(stepper, model, RECIPES[name])) as other:
+                    rows.append({"model": model, "recipe": name, **measured(stock, other, ROUNDS)})
+                print(rows[-1], flush=True)
+                record.write(NAME, {"rounds": ROUNDS, "models": MODELS, "recipes": RECIPES}, rows)
+    return rows

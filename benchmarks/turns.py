@@ -1,0 +1,63 @@
+"""Steps that take turns, each in a process of its own with one thread, timed by that process's CPU time.
+
+In one process they would share a heap, and one step would find in it what the other left. Other work on the machine
+does not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+
+def serve(make: Callable[[], Callable[[], None]], requests) -> None:
+    """Run a step for every request, and answer with its seconds and the bytes faulted in."""
+    torch.set_num_threads(1)
+    step = make()
+    gc.collect()
+    while requests.recv():
+        faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.process_time()
+        step()
+        seconds = time.process_time() - start
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+        requests.send((seconds, faults * resource.getpagesize()))
+
+
+@contextlib.contextmanager
+def process(make: Callable[[], Callable[[], None]]) -> Iterator[Callable[[], tuple[float, int]]]:
+    """A process that makes a step and holds it, as a function that runs it there once."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=serve, args=(make, theirs), daemon=True)
+    child.start()
+
+    def step() -> tuple[float, int]:
+        ours.send(True)
+        return ours.recv()
+
+    try:
+        yield step
+    finally:
+        ours.send(False)
+        child.join()
+
+
+def measured(stock: Callable, other: Callable, rounds: int) -> dict[str, float]:
+    """What rounds stock, case, stock, case ... took, after three to warm up."""
+    found = [(stock(), other()) for _ in range(rounds + 3)][3:]
+    base, times = ([row[i][0] for row in found] for i in (0, 1))
+    return {
+        "measured": statistics.median(b / a for a, b in zip(base, times)),
+        "measured_least": min(times) / min(base),
+        "seconds": statistics.median(times),
+        "stock_seconds": statistics.median(base),
+        "faulted_bytes": statistics.median(row[1][1] for row in found),
+        "stock_faulted_bytes": statistics.median(row[0][1] for row in found),
+    }
