@@ -86,7 +86,8 @@ class ModulesEdit(Edit):
     """Give every module of one kind another forward, also those that the recipe's adapters have added.
 
     `find` gets the model as it is when the edit runs, and returns its modules with the state of each. Where `shared`,
-    modules that another edit of the recipe has given this form keep it.
+    modules that another edit of the recipe has given this form keep it. `places` are the stock names of the modules,
+    where two methods must not change the same one.
     """
 
     slot: Slot = Slot.OPERATORS
@@ -94,10 +95,14 @@ class ModulesEdit(Edit):
     mixin: type
     find: Callable[[nn.Module], list[tuple[nn.Module, dict[str, Any]]]]
     shared: bool = False
+    places: tuple[str, ...] = ()
 
     @property
     def target(self) -> str:
         return f"({self.kind})"
+
+    def claims(self) -> frozenset[Claim]:
+        return frozenset((self.slot, place) for place in self.places) or super().claims()
 
     def run(self, model: nn.Module) -> Handle:
         found = [(m, s) for m, s in self.find(model) if not (self.shared and is_tight(m, self.mixin))]

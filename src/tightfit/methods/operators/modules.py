@@ -13,12 +13,12 @@ from torch import nn
 from tightfit.core import hfmodel
 from tightfit.core.tight import is_tight, state_of
 from tightfit.methods.operators import probe
+from tightfit.ops import rows
 from tightfit.ops.activation import activation, gated_activation, slope_of
 from tightfit.ops.codec import Codec
 from tightfit.ops.dropout import dropout
 from tightfit.ops.linear import add_scaled, linear
 from tightfit.ops.norm import layer_norm, rms_norm
-from tightfit.ops import rows
 from tightfit.ops.rows import attention_masks
 from tightfit.ops.source import detach_source
 
