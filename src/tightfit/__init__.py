@@ -24,7 +24,7 @@ from tightfit.core.recipe import Recipe, chain
 from tightfit.core.recommend import Choice, recommend
 from tightfit.core.skeleton import skeleton
 from tightfit.core.transform import Slot, Transform
-from tightfit.methods import Checkpointing, FusedOps, Lora, Mesa, PartialEmbedding, methods
+from tightfit.methods import Checkpointing, FusedOps, Lora, Mesa, PartialEmbedding, Velora, WtaCrs, methods
 
 __all__ = [
     "Applied",
@@ -51,6 +51,8 @@ __all__ = [
     "Transform",
     "UnknownTokenError",
     "UnsupportedModelError",
+    "Velora",
+    "WtaCrs",
     "__version__",
     "apply",
     "chain",

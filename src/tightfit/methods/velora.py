@@ -1,0 +1,181 @@
+"""Velora: a linear layer keeps one number per group of channels of its input (arXiv 2405.17991)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from tightfit.core import hfmodel
+from tightfit.core.edits import Edit, ModulesEdit, Part
+from tightfit.core.errors import SelectorError, shorten
+from tightfit.core.fields import check_choice, check_float, check_int, check_selector
+from tightfit.core.select import select
+from tightfit.core.transform import Context, Slot, Transform
+from tightfit.methods.operators.modules import Estimated, Found, FusedLinear, linears
+from tightfit.ops.subtoken import INITS, Subtoken
+
+VALUE = frozenset({"v_proj", "value", "v", "v_lin"})
+DOWN = frozenset({"down_proj", "fc2", "wo", "lin2", "dense_4h_to_h", "ffn_output", "w2", "Wo", "c_proj"})
+_ADAPTER = ".lora_A."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Velora(Transform):
+    """Keep `groups` numbers per token instead of a linear layer's input; its weight gradient is rank one per group.
+
+    The input is cut into sub-tokens of I / groups channels, and of each its component along one direction is kept: 1 /
+    128 of the bytes at I = 4096. Outputs, and the gradients of inputs and biases, stay exact. The weight gradient is
+    biased: what of the input is orthogonal to the direction never trains the weight. With `Lora` it acts on the
+    adapters' first matrices; a frozen weight keeps nothing. Under `FusedOps` a layer whose input can be rebuilt from
+    what others keep gets its exact gradient, which costs no memory.
+
+    Fields:
+        groups: sub-tokens per token; fewer keep less.
+        init: the direction: "batch_average_once", "batch_average", "random", "random_unbiased" (unbiased, with a
+            relative variance of about I / groups - 1).
+        scale: factor of the weight gradient; it matters to clipping and SGD, hardly to Adam.
+        where: which linear layers (patterns with `|` between them); None: value and down projections of the blocks.
+
+    Raises:
+        TypeError, ValueError: a field out of range; more groups than a layer has channels (when applied).
+        SelectorError: `where` matches no linear layer, the model has no layers of the default's names, or none of
+            the layers trains under the recipe (when planned or applied).
+
+    Example:
+        >>> import tightfit
+        >>> tightfit.chain(tightfit.Lora(), tightfit.Velora(groups=16, where="*"))
+        chain(Lora(), Velora(groups=16, where='*'))
+
+    Saves memory only where no other layer keeps the same input: a value projection reads what query and key read.
+    Source: VeLoRA, arXiv 2405.17991, section 3. Deviations: the rebuilt input is never made; `random_unbiased`; a mean
+    that vanishes or is no number gives the constant direction.
+    """
+
+    groups: int = 32
+    init: str = "batch_average_once"
+    scale: float = 1.0
+    where: str | None = None
+
+    name: ClassVar[str] = "velora"
+    paper: ClassVar[str] = "2405.17991"
+    touches: ClassVar[frozenset[Slot]] = frozenset({Slot.OPERATORS})
+    exact: ClassVar[bool] = False
+    reversible: ClassVar[bool] = True
+    summary: ClassVar[str] = "a few numbers per token instead of a linear layer's input"
+
+    def __post_init__(self) -> None:
+        check_int(self, "groups", 1)
+        check_choice(self, "init", INITS)
+        check_float(self, "scale", 0, open_low=True)
+        check_selector(self, "where", optional=True)
+
+    def edits(self, model: nn.Module, context: Context) -> Iterator[Edit]:
+        targets = self._targets(model)
+        for target in targets:
+            width = _width(hfmodel.stock_module(model, target))
+            if self.groups > width:
+                raise ValueError(
+                    f"Velora(groups={self.groups}): {target} has {width} input channels; give at most {width} groups, "
+                    f"or leave the layer out with where="
+                )
+        named = frozenset(targets)
+        part, note = Directions(), f"{len(targets)} modules"
+        fused = linears(lambda name: _owner(name) in named)
+        yield ModulesEdit(kind="linear", mixin=FusedLinear, find=fused, note=note, shared=True)
+        yield ModulesEdit(
+            kind="linear: weight gradient",
+            mixin=Estimated,
+            find=lambda model: self._estimated(model, named, part),
+            exclusive=True,
+            places=tuple(targets),
+            part=part,
+            note=f"{note}, {self.groups} numbers per token",
+        )
+
+    def _targets(self, model: nn.Module) -> list[str]:
+        if self.where is not None:
+            names = select(model, self.where, kind=hfmodel.is_linear, method="Velora")
+            return [name.removesuffix(".base_layer") for name in names]
+        targets = value_and_down(model)
+        if not targets:
+            raise SelectorError(
+                f"Velora: the blocks of {type(model).__name__} hold no value or down projection of a known name "
+                f"({shorten(sorted(VALUE | DOWN), 20)}); name the layers with where="
+            )
+        return targets
+
+    def _estimated(self, model: nn.Module, named: frozenset[str], part: Directions) -> Found:
+        """The layers to estimate, as they are now: those of adapters where there are any."""
+        names = {id(module): name for name, module in model.named_modules()}
+        layers = [module for module, _ in linears(lambda name: _owner(name) in named)(model)]
+        if not any(layer.weight.requires_grad for layer in layers):
+            raise SelectorError(
+                f"Velora: none of its {len(named)} layers trains under this recipe ({shorten(sorted(named), 3)}); "
+                f"name layers that train, or put adapters on these with Lora(where=...)"
+            )
+        found: Found = []
+        for number, layer in enumerate(layers):
+            codec = Subtoken(_width(layer), self.groups, self.init, self.scale, seed=number)
+            part.codecs[names[id(layer)]] = codec
+            found.append((layer, {"codec": codec}))
+        return found
+
+
+class Directions(Part):
+    """The directions of the layers, which are no tensors of the model."""
+
+    def __init__(self) -> None:
+        self.codecs: dict[str, Subtoken] = {}
+
+    def report(self) -> dict[str, Any]:
+        sizes = sorted({codec.size for codec in self.codecs.values()})
+        return {
+            "layers": len(self.codecs),
+            "channels_per_number": sizes,
+            "directions_settled": sum(codec.settled for codec in self.codecs.values()),
+        }
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {f"{name}/{key}": t for name, codec in self.codecs.items() for key, t in codec.state().items()}
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, codec in self.codecs.items():
+            prefix = f"{name}/"
+            codec.load_state({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+
+
+def value_and_down(model: nn.Module) -> list[str]:
+    """The value projections and the last layers of the MLPs in the blocks, by the names that models give them.
+
+    >>> from tightfit import skeleton
+    >>> from transformers import BertConfig
+    >>> [name.removeprefix("encoder.layer.") for name in value_and_down(skeleton(BertConfig(num_hidden_layers=1)))]
+    ['0.attention.self.value', '0.output.dense']
+    """
+    blocks = [block for stack in hfmodel.stacks(model) for block in stack]
+    found = []
+    for name in hfmodel.block_linears(model):
+        block = next(block for block in blocks if name.startswith(f"{block}."))
+        if _is_value_or_down(name.removeprefix(f"{block}.").removesuffix(".base_layer")):
+            found.append(name.removesuffix(".base_layer"))
+    return found
+
+
+def _is_value_or_down(inside: str) -> bool:
+    last = inside.rsplit(".", 1)[-1]
+    # the output projection of an attention may have the name that an MLP's last layer has elsewhere
+    of_attention = "att" in inside.lower()
+    return last in VALUE or (not of_attention and (last in DOWN or inside.endswith("output.dense")))
+
+
+def _owner(name: str) -> str:
+    """The stock name of a linear layer, or of the one whose adapter this layer is."""
+    return name.partition(_ADAPTER)[0]
+
+
+def _width(layer: Any) -> int:
+    return layer.weight.shape[0] if hfmodel.is_conv1d(layer) else layer.in_features
