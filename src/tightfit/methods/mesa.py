@@ -34,7 +34,8 @@ class Mesa(Transform):
     Fields:
         bits: 8 or 4.
         group_size: channels of a token that share a range.
-        rounding: "nearest", or "stochastic", which is unbiased and several times slower on a CPU.
+        rounding: "nearest", or "stochastic", which is unbiased and several times slower on a CPU. It draws random
+            numbers in the forward, so that dropout drops others than in the stock step of the same seed.
         attention: q, k and v in code too; the attention is then recomputed in backward as under `FusedOps`.
         mlp_bits: bits of what activations and gated MLPs keep; None: as `bits`.
         where: patterns of module names (`|` between them); None: all. With patterns the attention stays as it is.
