@@ -15,12 +15,12 @@ from tightfit.core.errors import SelectorError, shorten
 from tightfit.core.fields import check_choice, check_float, check_int, check_selector
 from tightfit.core.select import select
 from tightfit.core.transform import Context, Slot, Transform
-from tightfit.methods.operators.modules import Estimated, Found, FusedLinear, linears
+from tightfit.methods.operators import chosen_by, estimator_edits
+from tightfit.methods.operators import modules as operators
 from tightfit.ops.subtoken import INITS, Subtoken
 
-VALUE = frozenset({"v_proj", "value", "v", "v_lin"})
+VALUE = frozenset({"v_proj", "value", "value_proj", "v", "v_lin"})
 DOWN = frozenset({"down_proj", "fc2", "wo", "lin2", "dense_4h_to_h", "ffn_output", "w2", "Wo", "c_proj"})
-_ADAPTER = ".lora_A."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,8 @@ class Velora(Transform):
 
     Example:
         >>> import tightfit
-        >>> tightfit.chain(tightfit.Lora(), tightfit.Velora(groups=16, where="*"))
-        chain(Lora(), Velora(groups=16, where='*'))
+        >>> tightfit.chain(tightfit.Lora(), tightfit.Velora(groups=16, where="*_proj"))
+        chain(Lora(), Velora(groups=16, where='*_proj'))
 
     Saves memory only where no other layer keeps the same input: a value projection reads what query and key read.
     Source: VeLoRA, arXiv 2405.17991, section 3. Deviations: the rebuilt input is never made; `random_unbiased`; a mean
@@ -82,19 +82,13 @@ class Velora(Transform):
                     f"Velora(groups={self.groups}): {target} has {width} input channels; give at most {width} groups, "
                     f"or leave the layer out with where="
                 )
-        named = frozenset(targets)
-        part, note = Directions(), f"{len(targets)} modules"
-        fused = linears(lambda name: _owner(name) in named)
-        yield ModulesEdit(kind="linear", mixin=FusedLinear, find=fused, note=note, shared=True)
-        yield ModulesEdit(
-            kind="linear: weight gradient",
-            mixin=Estimated,
-            find=lambda model: self._estimated(model, named, part),
-            exclusive=True,
-            places=tuple(targets),
-            part=part,
-            note=f"{note}, {self.groups} numbers per token",
-        )
+        part = Directions(self)
+        note = f"{self.groups} numbers per token"
+        yield from estimator_edits(model, targets, part.add, method="Velora", part=part, note=note, only=_reads_input)
+        everywhere = operators.blocks(chosen_by(None), lambda block: {"places": operators.mask_places(block)})
+        if self.init.startswith("batch_average") and everywhere(model):
+            note = "tells the padding"
+            yield ModulesEdit(kind="block rows", mixin=operators.TellsRows, find=everywhere, note=note, shared=True)
 
     def _targets(self, model: nn.Module) -> list[str]:
         if self.where is not None:
@@ -108,28 +102,20 @@ class Velora(Transform):
             )
         return targets
 
-    def _estimated(self, model: nn.Module, named: frozenset[str], part: Directions) -> Found:
-        """The layers to estimate, as they are now: those of adapters where there are any."""
-        names = {id(module): name for name, module in model.named_modules()}
-        layers = [module for module, _ in linears(lambda name: _owner(name) in named)(model)]
-        if not any(layer.weight.requires_grad for layer in layers):
-            raise SelectorError(
-                f"Velora: none of its {len(named)} layers trains under this recipe ({shorten(sorted(named), 3)}); "
-                f"name layers that train, or put adapters on these with Lora(where=...)"
-            )
-        found: Found = []
-        for number, layer in enumerate(layers):
-            codec = Subtoken(_width(layer), self.groups, self.init, self.scale, seed=number)
-            part.codecs[names[id(layer)]] = codec
-            found.append((layer, {"codec": codec}))
-        return found
-
 
 class Directions(Part):
     """The directions of the layers, which are no tensors of the model."""
 
-    def __init__(self) -> None:
+    def __init__(self, transform: Velora) -> None:
+        self.transform = transform
         self.codecs: dict[str, Subtoken] = {}
+
+    def add(self, name: str, layer: nn.Module) -> dict[str, Any]:
+        """The state of one more layer."""
+        t = self.transform
+        codec = Subtoken(_width(layer), t.groups, t.init, t.scale, seed=len(self.codecs))
+        self.codecs[name] = codec
+        return {"codec": codec}
 
     def report(self) -> dict[str, Any]:
         sizes = sorted({codec.size for codec in self.codecs.values()})
@@ -172,9 +158,9 @@ def _is_value_or_down(inside: str) -> bool:
     return last in VALUE or (not of_attention and (last in DOWN or inside.endswith("output.dense")))
 
 
-def _owner(name: str) -> str:
-    """The stock name of a linear layer, or of the one whose adapter this layer is."""
-    return name.partition(_ADAPTER)[0]
+def _reads_input(name: str) -> bool:
+    """Whether a layer reads what the stock layer reads; an adapter's second matrix reads what the first gives."""
+    return ".lora_B." not in name
 
 
 def _width(layer: Any) -> int:

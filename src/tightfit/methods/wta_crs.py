@@ -108,7 +108,8 @@ class WtaCrs(Transform):
         yield from estimator_edits(model, targets, part.add, method="WtaCrs", part=part, note=note)
         everywhere = operators.blocks(chosen_by(None), lambda block: {"places": operators.mask_places(block)})
         if everywhere(model):
-            yield ModulesEdit(kind="block rows", mixin=operators.TellsRows, find=everywhere, note="tells the padding")
+            note = "tells the padding"
+            yield ModulesEdit(kind="block rows", mixin=operators.TellsRows, find=everywhere, note=note, shared=True)
         if self.scores == "cache":
             yield CallEdit(where="model", mixin=operators.TakesIndex, note="takes sample_index")
 

@@ -109,12 +109,14 @@ def estimator_edits(
     method: str,
     part: Part,
     note: str,
+    only: Chosen = lambda name: True,
 ) -> Iterator[Edit]:
     """Edits after which codecs estimate the weight gradients of linear layers, or of their adapters.
 
     Args:
         targets: stock names of the layers.
         state: from the name and the layer to the state of its `Estimated` mark.
+        only: which of these layers, and of their adapters', by the name they have then.
 
     Raises (when run):
         SelectorError: none of the layers trains under the recipe.
@@ -124,7 +126,8 @@ def estimator_edits(
 
     def find(model: nn.Module) -> Found:
         names = {id(module): name for name, module in model.named_modules()}
-        layers = [m for m, _ in modules.linears(lambda name: owner_of(name) in named)(model) if trains(m)]
+        chosen = modules.linears(lambda name: owner_of(name) in named and only(name))
+        layers = [m for m, _ in chosen(model) if trains(m)]
         if not layers:
             raise SelectorError(
                 f"{method}: none of its {len(named)} layers trains under this recipe ({shorten(sorted(named), 3)}); "

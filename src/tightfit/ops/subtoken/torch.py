@@ -8,7 +8,7 @@ drawn anew at each step: what of a sub-token is orthogonal to v is lost to the w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tightfit.ops.codec import Codec, Like, outer, rows_of
+from tightfit.ops.rows import row_factor
 
 INITS = ("batch_average_once", "batch_average", "random", "random_unbiased")
 
@@ -33,8 +34,9 @@ class Subtoken(Codec):
         groups: G, sub-tokens per token; the last is padded with zeros. Where M is rounded up so far that fewer
             sub-tokens hold all channels, only those are kept.
         init: the direction v (M,). "batch_average_once": the mean sub-token of the first batch; "batch_average": of
-            each batch; "random": drawn once; "random_unbiased": drawn for each step and the estimate scaled by M, so
-            that its mean is x and its relative variance about M - 1 (give groups such that M <= 8).
+            each batch (padding left out where `attention_masks` knows it); "random": drawn once; "random_unbiased":
+            drawn for each step and the estimate scaled by M, so that its mean is x and its relative variance about
+            M - 1 (give groups such that M <= 8).
         scale: factor of the estimate, and so of the weight gradient.
         seed: tells the random directions of several layers apart; torch's own seed is mixed in, its state not touched.
 
@@ -72,8 +74,6 @@ class Subtoken(Codec):
         self.draws = 0
         self.settled = False
         self.direction = self._drawn() if init == "random" else torch.zeros(self.size)
-        self.valid_rows: Callable[[Tensor], Tensor | None] | None = None
-        """From the rows (n, I) to a mask of those that count in a mean, (n,) boolean; None: all count."""
 
     @property
     def keeps_direction(self) -> bool:
@@ -84,7 +84,7 @@ class Subtoken(Codec):
         if x.shape[-1] != self.width:
             raise ValueError(f"the input has {x.shape[-1]} channels; this codec was made for {self.width}")
         rows = x.reshape(-1, self.width)
-        direction = self._direction(rows)
+        direction = self._direction(x, rows)
         codes = self._project(rows, direction.to(x.dtype))
         return (codes,) if self.keeps_direction else (codes, direction)
 
@@ -133,17 +133,17 @@ class Subtoken(Codec):
 
     # -- the direction -------------------------------------------------------------------------------------------
 
-    def _direction(self, rows: Tensor) -> Tensor:
+    def _direction(self, x: Tensor, rows: Tensor) -> Tensor:
         """v for these rows, float32; settles it where the layer keeps one."""
         if self.init == "random_unbiased":
             return self._drawn().to(rows.device)
         if self.init == "batch_average":
-            return self._average(rows)
+            return self._average(x, rows)
         if self.direction.device != rows.device:
             self.direction = self.direction.to(rows.device)
         if not self.settled:
             if self.init == "batch_average_once":
-                self.direction.copy_(self._average(rows))
+                self.direction.copy_(self._average(x, rows))
             _from_first_rank(self.direction)
             self.settled = True
         return self.direction
@@ -155,15 +155,16 @@ class Subtoken(Codec):
         generator = torch.Generator().manual_seed(_mixed(self.seed, self.draws))
         return _unit(torch.randn(self.size, generator=generator))
 
-    def _average(self, rows: Tensor) -> Tensor:
-        valid = None if self.valid_rows is None else self.valid_rows(rows)
+    def _average(self, x: Tensor, rows: Tensor) -> Tensor:
+        factor = row_factor(x.shape)
+        valid = None if factor is None else (factor == 1).float()
         if valid is None and rows.dtype in (torch.float32, torch.float64):
             total = rows.sum(0)
         else:
             total = rows.new_zeros(self.width, dtype=torch.float32)
             for start in range(0, rows.shape[0], _CHUNK):
                 part = rows[start : start + _CHUNK].float()
-                total += part.sum(0) if valid is None else part.t() @ valid[start : start + _CHUNK].float()
+                total += part.sum(0) if valid is None else valid[start : start + _CHUNK] @ part
         mean = F.pad(total, (0, self.count * self.size - self.width)).view(self.count, self.size).sum(0)
         return _unit(mean / (rows.shape[0] * self.groups)).float()
 
