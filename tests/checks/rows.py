@@ -9,7 +9,7 @@ from typing import Any
 import models
 from checks.transforms import CountCalls, HalfTable, OwnLinear, SwapTokens, Tape
 
-from tightfit import Checkpointing, FusedOps, Lora, PartialEmbedding
+from tightfit import Checkpointing, FusedOps, Lora, Mesa, PartialEmbedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Row:
         exact: gradients are those of the stock step. A set names the families it is exact on.
         merges_equal: the merged model gives the logits of the applied one (up to rounding).
         deterministic: it draws no random numbers, so a step can be repeated.
+        recomputes_equal: its gradients are the same under checkpointing. Where they are not, a block estimates with
+            what it is given itself instead of what is kept outside of it.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Row:
     exact: bool | frozenset[str] = True
     merges_equal: bool = True
     deterministic: bool = True
+    recomputes_equal: bool = True
 
     def is_exact(self, family: str) -> bool:
         return self.exact if isinstance(self.exact, bool) else family in self.exact
@@ -60,6 +63,8 @@ ROWS = [
     Row("tape", lambda model: Tape()),
     Row("count-calls", lambda model: CountCalls()),
     Row("swap-tokens", lambda model: SwapTokens(), exact=False, deterministic=False),
+    Row("mesa", lambda model: Mesa(), exact=False, recomputes_equal=False),
+    Row("mesa-attention", lambda model: Mesa(attention=True, bits=4), exact=False, recomputes_equal=False),
 ]
 
 FAMILIES = ("bert", "llama", "t5")

@@ -162,6 +162,10 @@ def test_the_models_own_checkpointing_on_top(row, family):
     again_loss, again = gradients(model, batch)
     assert set(plain) == set(again)
     torch.testing.assert_close(again_loss, loss)
+    if not row.recomputes_equal:
+        off = sum((again[name] - grad).square().sum() for name, grad in plain.items())
+        assert off.sqrt() < 0.05 * sum(grad.square().sum() for grad in plain.values()).sqrt()
+        return
     for name in plain:
         torch.testing.assert_close(again[name], plain[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 

@@ -232,7 +232,7 @@ def test_bad_input():
         FusedOps(where="a|")
     with pytest.raises(SelectorError, match="'no_such'"):
         tightfit.apply(models.build("bert"), FusedOps(where="no_such"))
-    with pytest.raises(SelectorError, match="no module .* that where='encoder' matches has a fused form"):
+    with pytest.raises(SelectorError, match=r"no module .* that where='encoder' matches has a fused form"):
         tightfit.apply(models.build("bert"), FusedOps(where="encoder"))
     model = models.build("bert")
     applied = tightfit.apply(model, FusedOps())
