@@ -9,7 +9,7 @@ from typing import Any
 import models
 from checks.transforms import CountCalls, HalfTable, OwnLinear, SwapTokens, Tape
 
-from tightfit import Checkpointing, FusedOps, Lora, Mesa, PartialEmbedding
+from tightfit import Checkpointing, FusedOps, Lora, Mesa, PartialEmbedding, Velora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,7 @@ ROWS = [
     Row("swap-tokens", lambda model: SwapTokens(), exact=False, deterministic=False),
     Row("mesa", lambda model: Mesa(), exact=False, recomputes_equal=False),
     Row("mesa-attention", lambda model: Mesa(attention=True, bits=4), exact=False, recomputes_equal=False),
+    Row("velora", lambda model: Velora(groups=8), exact=False),
 ]
 
 FAMILIES = ("bert", "llama", "t5")
