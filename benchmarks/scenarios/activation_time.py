@@ -35,8 +35,9 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
 
 def stepper(model: str, methods: list[dict[str, Any]]):
     """Forward and backward of the model under the recipe."""
-    import tightfit
     import transformers as hf
+
+    import tightfit
 
     settings = MODELS[model]
     torch.manual_seed(0)

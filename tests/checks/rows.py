@@ -9,7 +9,7 @@ from typing import Any
 import models
 from checks.transforms import CountCalls, HalfTable, OwnLinear, SwapTokens, Tape
 
-from tightfit import Checkpointing, FusedOps, Lora, Mesa, PartialEmbedding, Velora
+from tightfit import Checkpointing, FusedOps, Lora, Mesa, PartialEmbedding, Velora, WtaCrs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,7 @@ ROWS = [
     Row("count-calls", lambda model: CountCalls()),
     Row("swap-tokens", lambda model: SwapTokens(), exact=False, deterministic=False),
     Row("mesa", lambda model: Mesa(), exact=False, recomputes_equal=False),
+    Row("wta-crs", lambda model: WtaCrs(min_rows=4), exact=False, deterministic=False, recomputes_equal=False),
     Row("mesa-attention", lambda model: Mesa(attention=True, bits=4), exact=False, recomputes_equal=False),
     Row("velora", lambda model: Velora(groups=8), exact=False),
 ]

@@ -3,9 +3,10 @@
 from tightfit.ops.rows.codec import Rows
 from tightfit.ops.rows.scores import Cached, Running, Scores, sample_index
 from tightfit.ops.rows.torch import MODES, Sample, kept_rows, row_norms, sample_rows, weight_grad
-from tightfit.ops.rows.valid import attention_masks, row_factor
+from tightfit.ops.rows.valid import FLOOR, attention_masks, row_factor
 
 __all__ = [
+    "FLOOR",
     "MODES",
     "Cached",
     "Rows",
