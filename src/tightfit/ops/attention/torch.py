@@ -113,10 +113,11 @@ class _DropoutJoint(Joint):
     def probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None, b: int) -> Tensor:
         """(H, L, S) of one batch element, in the order of operations of torch's math path."""
         scores = (q[b] * self.factor) @ (k[b].transpose(-2, -1) * self.factor)
-        if mask is not None:
-            rows = mask.expand(-1, -1, *mask.shape[-2:]) if mask.dim() == 4 else mask[None, None]
-            scores = scores.add_(rows[b if rows.shape[0] > 1 else 0])
-        return torch._safe_softmax(scores, -1)
+        if mask is None:
+            return torch.softmax(scores, -1)
+        rows = mask.expand(-1, -1, *mask.shape[-2:]) if mask.dim() == 4 else mask[None, None]
+        # a row that may look at nothing gets zeros
+        return torch._safe_softmax(scores.add_(rows[b if rows.shape[0] > 1 else 0]), -1)
 
     def noise(self, packed: Tensor, like: Tensor, b: int) -> Tensor:
         scale = torch.ones((), dtype=like.dtype).div_(1 - self.p)

@@ -12,6 +12,8 @@ from tightfit.ops.rows.scores import Scores
 from tightfit.ops.rows.torch import Sample, kept_rows, row_norms, sample_rows, weight_grad
 from tightfit.ops.rows.valid import row_factor
 
+_NORMS = "_tightfit_norms"
+
 
 class Rows(Codec):
     """k of n rows, such that the weight gradient formed from them is right in the mean.
@@ -72,7 +74,7 @@ class Rows(Codec):
         k = kept_rows(x.shape[0], self.budget, self.min_rows)
         if k == x.shape[0]:
             return outer(grad, x, transposed)
-        sample = sample_rows(row_norms(x).mul_(row_norms(grad)), k, mode=self.mode)
+        sample = sample_rows(_norms_once(x) * row_norms(grad), k, mode=self.mode)
         return self._estimate(x.index_select(0, sample.rows), sample, grad, transposed)
 
     def _estimate(self, rows: Tensor, sample: Sample, grad: Tensor, transposed: bool) -> Tensor:
@@ -98,3 +100,13 @@ class Rows(Codec):
         inner = self.inner is other.inner or (self.inner is not None and other.inner is not None)
         mine, theirs = ((r.budget, r.mode, r.min_rows, type(r.scores)) for r in (self, other))
         return mine == theirs and inner
+
+
+def _norms_once(x: Tensor) -> Tensor:
+    """The lengths of the rows of x; siblings read views of one tensor, which remembers them."""
+    owner = x if x._base is None else x._base
+    known: tuple[int, Tensor] | None = getattr(owner, _NORMS, None)
+    if known is None or known[0] != x._version or known[1].shape[0] != x.shape[0]:
+        known = (x._version, row_norms(x))
+        setattr(owner, _NORMS, known)
+    return known[1]
