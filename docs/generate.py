@@ -235,6 +235,37 @@ def step_time(result: dict[str, Any]) -> str:
     return table([*header, "predicted", "error, %"], rows) + note + "\n" + footer(result)
 
 
+def velora_operator(result: dict[str, Any]) -> str:
+    lora = {row["model"]: row for row in result["rows"] if row.get("recipe") == "Lora" and "model" in row}
+    rows = []
+    for row in (r for r in result["rows"] if "model" in r):
+        base = lora[row["model"]]
+        cells = [f"{mib(row[key])} ({row[key] / base[key]:.2f})" for key in ("saved_bytes", "peak_bytes")]
+        rows.append([f"{row['model']}, {row['batch']}", row["recipe"], *cells])
+    header = ["model", "recipe", "saved for backward, MiB (of Lora)", "peak above the weights, MiB (of Lora)"]
+    return table(header, rows) + "\n" + footer(result)
+
+
+def velora_operator_layers(result: dict[str, Any]) -> str:
+    rows = []
+    for row in (r for r in result["rows"] if "layer" in r):
+        kept, temporary = ([mib(row[key][kind]) for kind in row[key]] for key in ("kept_bytes", "temporary_bytes"))
+        low, high = row["of_peft_quartiles"]
+        times = [f"{row['of_peft']:.2f} ({low:.2f}-{high:.2f})", f"{row['of_torch']:.2f}"]
+        rows.append([row["layer"], *times, " / ".join(kept), " / ".join(temporary)])
+    header = ["layer", "time / PEFT's (quartiles)", "time / torch's", "kept, MiB: torch / PEFT / Velora"]
+    return table([*header, "temporary, MiB: torch / PEFT / Velora"], rows) + "\n" + footer(result)
+
+
+def velora_operator_times(result: dict[str, Any]) -> str:
+    rows = [
+        [row["timed_model"], row["recipe"], f"{row['measured']:.2f} ({row['measured_least']:.2f})"]
+        for row in result["rows"]
+        if "timed_model" in row
+    ]
+    return table(["model", "recipe", "step time / Lora (of the fastest steps)"], rows) + "\n" + footer(result)
+
+
 def phase_errors(row: dict[str, Any]) -> dict[str, float]:
     """Signed relative error of the highest level of each phase."""
     return {p: row["predicted_phases"][p] / level - 1 for p, level in row["measured_phases"].items()}
@@ -263,6 +294,9 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "planning_cost": planning_cost,
     "recommend": recommend,
     "step_time": step_time,
+    "velora_operator": velora_operator,
+    "velora_operator.layers": velora_operator_layers,
+    "velora_operator.times": velora_operator_times,
 }
 
 
