@@ -134,11 +134,12 @@ def test_stochastic_outputs_are_bit_equal_without_dropout():
 
 # -- gradients ----------------------------------------------------------------------------------------------------
 
-# measured: int8 0.3-0.5 %, stochastic 0.5-0.7 %, int4 in gated MLPs alone 4 %, int4 5-8 %, stochastic 9-11 %
+# measured: int8 0.3-0.5 %, stochastic 0.5-0.7 %, int4 in gated MLPs alone 4 %, int4 5-8 %, stochastic 9-11 %;
+# on blocks 768 wide int8 0.6-0.7 %, int4 9-12 %
 BOUNDS = {
     "int8": (Mesa(), 0.01),
     "int8 with attention": (Mesa(attention=True), 0.01),
-    "int8 in larger groups": (Mesa(group_size=1024), 0.01),
+    "int8 in small groups": (Mesa(group_size=16), 0.005),
     "int8 stochastic": (Mesa(rounding="stochastic"), 0.015),
     "int4 MLP": (Mesa(mlp_bits=4), 0.08),
     "int4": (Mesa(bits=4), 0.15),
@@ -320,10 +321,11 @@ def test_planned_peaks_are_those_of_the_allocator(family, recipe):
     gc.collect()
     others = live_bytes()
     model = wide(family, 2)
-    batch = example_batch(model, 4, 32)
-    planned = tightfit.plan(model, list(recipe), batch=batch).peak_bytes
+    batch = example_batch(model, 32, 64)
+    planned = tightfit.plan(model, list(recipe), batch=batch, optimizer="sgd").peak_bytes
+    assert planned > 5 * sum(p.nbytes for p in model.parameters())  # activations decide it
     tightfit.apply(model, list(recipe))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
     def step():
         model(**batch).loss.backward()
@@ -331,7 +333,7 @@ def test_planned_peaks_are_those_of_the_allocator(family, recipe):
         optimizer.zero_grad()
 
     step()
-    assert planned == pytest.approx(allocator_peak(step) - others, rel=2e-3)
+    assert planned == pytest.approx(allocator_peak(step) - others, rel=1e-4)
 
 
 def test_nothing_is_kept_without_gradients_nor_changed_in_evaluation():
