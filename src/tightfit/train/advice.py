@@ -22,7 +22,7 @@ from tightfit.core.transform import Transform
 from tightfit.train.data import longest_batch
 from tightfit.train.marked_yaml import dump_yaml
 from tightfit.train.recipe_file import RecipeFile, read_recipe_file, write_recipe_file
-from tightfit.train.run import Prepared, autocast_dtype, build_skeleton, filled, planned_optimizer
+from tightfit.train.run import Prepared, build_skeleton, filled, plan_options
 from tightfit.train.sources import DEMO
 from tightfit.train.tasks import build_model, model_path
 
@@ -68,11 +68,7 @@ class Advisor:
     @property
     def options(self) -> dict[str, Any]:
         """What `plan` must know about the run beside model, recipe and batch."""
-        return {
-            "optimizer": planned_optimizer(self.file),
-            "autocast": autocast_dtype(self.file.train),
-            "device": self.device,
-        }
+        return plan_options(self.file, self.device)
 
     def plan(self, *, fallback: str | None = None) -> Plan:
         """The plan of the file's step on its longest batch, gradients accumulated where the file says so."""

@@ -78,7 +78,10 @@ class Comparison:
 def training_step(
     applied: Applied, batch: dict[str, Any], section: TrainSection, device: str | torch.device | None = None
 ) -> Callable[[], None]:
-    """One whole training step (forward, backward, optimizer) on `batch`, as a callable that keeps nothing."""
+    """One whole training step (forward, backward, clipping, optimizer) as a callable that keeps nothing.
+
+    Where gradients are accumulated, each part of the step sees `batch`.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = applied.model.to(device).train()
     batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
@@ -87,9 +90,12 @@ def training_step(
     kind = torch.device(device).type
 
     def step() -> None:
-        with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
-            loss = model(**batch).loss
-        loss.backward()
+        for _ in range(section.gradient_accumulation):
+            with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+                loss = model(**batch).loss
+            (loss / section.gradient_accumulation).backward()
+        if section.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(applied.parameters(), section.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 

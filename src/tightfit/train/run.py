@@ -107,8 +107,18 @@ def build_skeleton(file: RecipeFile, data: TaskData) -> PreTrainedModel:
 def plan_run(file: RecipeFile, prepared: Prepared, recipe: Recipe, model: PreTrainedModel) -> Plan:
     """The plan of a run's step on its longest batch. Raises: SimulationError, and what `plan` raises."""
     batch = longest_batch(prepared.data, file.train.batch_size)
-    options: dict[str, Any] = {"autocast": autocast_dtype(file.train), "device": _device_type()}
-    return plan(model, recipe, batch=batch, optimizer=planned_optimizer(file), **options)
+    turns = min(2, file.train.gradient_accumulation)  # more of them peak where the second does
+    return plan(model, recipe, batch=batch, accumulate=turns, **plan_options(file, _device_type()))
+
+
+def plan_options(file: RecipeFile, device: str) -> dict[str, Any]:
+    """What `plan` must know about a run's step beside model, recipe, batch and accumulation."""
+    return {
+        "optimizer": planned_optimizer(file),
+        "autocast": autocast_dtype(file.train),
+        "clip": file.train.max_grad_norm or None,
+        "device": device,
+    }
 
 
 def autocast_dtype(section: TrainSection) -> torch.dtype | None:
