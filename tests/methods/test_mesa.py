@@ -240,7 +240,7 @@ ROWS, D, FF, KV = 64, 256, 640, 128
 F32 = torch.float32
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_block_keeps_what_its_codes_take_bert(bits):
     code = Affine(bits).nbytes
     norms = 2 * (code((ROWS, D), F32) + 4 * ROWS)  # a row's scale
@@ -254,7 +254,7 @@ def test_a_block_keeps_what_its_codes_take_bert(bits):
     assert block_bytes("bert", mixed) == norms + mlp + attention
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_block_keeps_what_its_codes_take_llama(bits):
     code = Affine(bits).nbytes
     rest = 2 * (code((ROWS, D), F32) + 4 * ROWS) + 2 * code((ROWS, FF), F32)
