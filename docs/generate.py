@@ -140,13 +140,28 @@ def plan_accuracy_rows(result: dict[str, Any]) -> str:
 
 def activations(result: dict[str, Any]) -> str:
     stock = {row["model"]: row for row in result["rows"] if row["recipe"] == "stock"}
+    parts = []
+    for model, base in stock.items():
+        rows = []
+        for row in result["rows"]:
+            if row["model"] == model:
+                peak = f"{row['peak_bytes'] / base['peak_bytes']:.3f}"
+                saved = [f"{base[key] / row[key]:.2f}" for key in ("block_bytes", "saved_bytes")]
+                rows.append([row["recipe"], mib(row["peak_bytes"]), peak, *saved])
+        header = ["recipe", "peak of forward and backward above the weights, MiB", "of stock"]
+        header += ["kept by the blocks, times less", "kept by the model, times less"]
+        parts.append(f"**{model}, {base['batch']}**\n\n" + table(header, rows))
+    return "\n\n".join(parts) + "\n" + footer(result)
+
+
+def activation_time(result: dict[str, Any]) -> str:
+    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    found = {(row["model"], row["recipe"]): row for row in result["rows"]}
     rows = []
-    for row in result["rows"]:
-        base = stock[row["model"]]
-        ratios = [f"{row[key] / base[key]:.3f}" for key in ("peak_bytes", "saved_bytes")]
-        rows.append([row["model"], row["batch"], row["recipe"], mib(row["peak_bytes"]), *ratios])
-    header = ["model", "batch", "recipe", "peak of forward and backward above the weights, MiB", "of stock"]
-    return table([*header, "saved bytes, of stock"], rows) + "\n" + footer(result)
+    for recipe in dict.fromkeys(row["recipe"] for row in result["rows"]):
+        cells = [found.get((model, recipe)) for model in models]
+        rows.append([recipe, *("" if row is None else f"{row['measured']:.3f}" for row in cells)])
+    return table(["recipe", *models], rows) + "\n" + footer(result)
 
 
 def extrapolation(result: dict[str, Any]) -> str:
@@ -247,14 +262,14 @@ def velora_operator(result: dict[str, Any]) -> str:
 
 
 def velora_operator_layers(result: dict[str, Any]) -> str:
-    rows = []
+    rows, sizes = [], ("kept_bytes", "temporary_bytes")
     for row in (r for r in result["rows"] if "layer" in r):
-        kept, temporary = ([mib(row[key][kind]) for kind in row[key]] for key in ("kept_bytes", "temporary_bytes"))
+        kept, temporary = ([f"{count / 2**10:,.1f}" for count in row[key].values()] for key in sizes)
         low, high = row["of_peft_quartiles"]
         times = [f"{row['of_peft']:.2f} ({low:.2f}-{high:.2f})", f"{row['of_torch']:.2f}"]
         rows.append([row["layer"], *times, " / ".join(kept), " / ".join(temporary)])
-    header = ["layer", "time / PEFT's (quartiles)", "time / torch's", "kept, MiB: torch / PEFT / Velora"]
-    return table([*header, "temporary, MiB: torch / PEFT / Velora"], rows) + "\n" + footer(result)
+    header = ["layer", "time / PEFT's (quartiles)", "time / torch's", "kept, KiB: torch / PEFT / Velora"]
+    return table([*header, "temporary, KiB: torch / PEFT / Velora"], rows) + "\n" + footer(result)
 
 
 def velora_operator_times(result: dict[str, Any]) -> str:
@@ -290,6 +305,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "plan_accuracy": plan_accuracy,
     "plan_accuracy.rows": plan_accuracy_rows,
     "activations": activations,
+    "activation_time": activation_time,
     "extrapolation": extrapolation,
     "planning_cost": planning_cost,
     "recommend": recommend,

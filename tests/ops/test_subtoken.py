@@ -1,6 +1,7 @@
 """Sub-token projections: the estimate, what is kept of x, and where the direction comes from."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -135,6 +136,28 @@ def test_no_second_input_is_ever_in_memory(width, groups, dtype):
     step()
     before = live_bytes()
     assert allocator_peak(step) - before < 0.35 * x.nbytes
+
+
+def test_what_is_kept_goes_with_the_graph():
+    x, w, b, _ = tensors(12)
+    codec = Subtoken(12, 3)
+    gc.collect()
+    before = live_bytes()
+    y = linear(x, w, b, codec=codec)
+    assert live_bytes() > before
+    del y
+    assert live_bytes() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_direction_follows_its_layer():
+    codec = Subtoken(12, 3)
+    x, grad = torch.randn(N, 12), torch.randn(N, OUT)
+    wanted = codec.weight_grad(codec.encode(x), grad, Like(x.shape, x.dtype), False)
+    found = codec.weight_grad(codec.encode(x.cuda()), grad.cuda(), Like(x.shape, x.dtype), False)
+    assert codec.direction.is_cuda
+    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-4, atol=1e-4)
 
 
 # -- the direction --------------------------------------------------------------------------------------------------

@@ -123,7 +123,8 @@ def pack_once(x: Tensor, cast: Tensor, codec: Codec) -> Packed:
     if found is not None and found.version == x._version and codec.shares_with(found.codec):
         return found
     packed = Packed(codec, codec.encode(cast.detach()), x._version)
-    setattr(x, _ATTRIBUTE, packed)
+    if codec.shares_with(codec):  # else it would stay with x for nobody
+        setattr(x, _ATTRIBUTE, packed)
     return packed
 
 
