@@ -12,23 +12,48 @@ import record
 
 NAME = "activations"
 QUICK = True
-MODELS = {
-    "BERT-base, dropout 0.1": ("bert", 0.1, (16, 128)),
-    "BERT-base, no dropout": ("bert", 0.0, (16, 128)),
-    "Llama 8 x 512, vocabulary 32,000": ("llama", 0.0, (4, 256)),
+BERT = ("bert", {})
+LLAMA = ("llama", {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8})
+LLAMA_3 = (
+    "llama",
+    {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+)
+MODELS: dict[str, tuple[tuple[str, dict[str, Any]], float, tuple[int, int], str]] = {
+    "BERT-base, dropout 0.1": (BERT, 0.1, (16, 128), "float32"),
+    "BERT-base, no dropout": (BERT, 0.0, (16, 128), "float32"),
+    "Llama 8 x 512, vocabulary 32,000": (LLAMA, 0.0, (4, 256), "float32"),
+    "Llama 8 x 512 in bfloat16": (LLAMA, 0.0, (4, 256), "bfloat16"),
+    "two blocks of Llama 3 8B": (LLAMA_3, 0.0, (1, 2048), "float32"),
+    "two blocks of Llama 3 8B in bfloat16": (LLAMA_3, 0.0, (1, 2048), "bfloat16"),
 }
-RECIPES: dict[str, tuple[str, ...]] = {
-    "stock": (),
-    "Checkpointing": ("Checkpointing",),
-    "FusedOps": ("FusedOps",),
-    "Lora": ("Lora",),
-    "Lora + Checkpointing": ("Lora", "Checkpointing"),
-    "Lora + FusedOps": ("Lora", "FusedOps"),
-    "Lora + FusedOps + Checkpointing": ("Lora", "FusedOps", "Checkpointing"),
+FUSED: list[dict[str, Any]] = [{"FusedOps": {}}]
+LORA: list[dict[str, Any]] = [{"Lora": {}}]
+CHECKPOINTING: list[dict[str, Any]] = [{"Checkpointing": {}}]
+RECIPES: dict[str, list[dict[str, Any]]] = {
+    "stock": [],
+    "Checkpointing": CHECKPOINTING,
+    "WtaCrs": [{"WtaCrs": {}}],
+    "Mesa": [{"Mesa": {}}],
+    "FusedOps": FUSED,
+    "FusedOps + Mesa": [*FUSED, {"Mesa": {}}],
+    "FusedOps + Mesa(attention=True)": [*FUSED, {"Mesa": {"attention": True}}],
+    "FusedOps + Mesa(attention=True, mlp_bits=4)": [*FUSED, {"Mesa": {"attention": True, "mlp_bits": 4}}],
+    "Lora": LORA,
+    "Lora + Checkpointing": [*LORA, *CHECKPOINTING],
+    "Lora + FusedOps": [*LORA, *FUSED],
+    "Lora + FusedOps + Mesa": [*LORA, *FUSED, {"Mesa": {}}],
+    "Lora + FusedOps + Mesa(attention=True)": [*LORA, *FUSED, {"Mesa": {"attention": True}}],
+    "Lora + FusedOps + Checkpointing": [*LORA, *FUSED, *CHECKPOINTING],
 }
 
 
-def build(family: str, dropout: float):
+def build(family: str, size: dict[str, Any], dropout: float, dtype: str):
     """The model without weights."""
     import torch
     import transformers as hf
@@ -36,9 +61,10 @@ def build(family: str, dropout: float):
     with torch.device("meta"):
         if family == "bert":
             rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-            return hf.BertForSequenceClassification(hf.BertConfig(**rates)).train()
-        size = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
-        return hf.LlamaForCausalLM(hf.LlamaConfig(**size, vocab_size=32000)).train()
+            model: Any = hf.BertForSequenceClassification(hf.BertConfig(**rates))
+        else:
+            model = hf.LlamaForCausalLM(hf.LlamaConfig(**size, vocab_size=32_000))
+    return model.to(getattr(torch, dtype)).train()
 
 
 def run() -> list[dict[str, Any]]:
@@ -47,12 +73,12 @@ def run() -> list[dict[str, Any]]:
     from tightfit.core.simulate import example_batch, simulate
 
     rows: list[dict[str, Any]] = []
-    for name, (family, dropout, size) in MODELS.items():
+    for name, ((family, config), dropout, size, dtype) in MODELS.items():
         for recipe, methods in RECIPES.items():
-            model = build(family, dropout)
+            model = build(family, config, dropout, dtype)
             batch = example_batch(model, *size, padded=False)
             if methods:
-                values = [getattr(tightfit, method)() for method in methods]
+                values = [getattr(tightfit, key)(**fields) for method in methods for key, fields in method.items()]
                 model = tightfit.apply(model, tightfit.chain(*values)).model
             found = simulate(model, batch, optimizer="sgd", extrapolate=False)
             peak = max(found.phases.get(phase, 0) for phase in ("forward", "backward", "recompute"))

@@ -222,7 +222,7 @@ def test_chosen_modules_only():
     model = models.build("bert")
     rows = tightfit.plan(model, FusedOps(where="intermediate.*|output.dense"), batch=(2, 8)).edits
     found = {row.target: row.note for row in rows if row.target not in ("(block)", "(lora)")}
-    assert found == {"(linear)": "6 modules", "(activation)": "2 modules"}
+    assert found == {"(linear)": "6 x linear", "(activation)": "2 x activation"}
 
 
 def test_bad_input():
@@ -240,3 +240,14 @@ def test_bad_input():
         torch.autograd.grad(
             applied.model(**models.batch(model)).loss, model.parameters(), create_graph=True, allow_unused=True
         )
+
+
+def test_adapters_of_another_type_keep_no_copies_of_their_inputs():
+    stock, applied = twin("llama", Lora(rank=2), dtype=torch.bfloat16)
+    assert {p.dtype for p in applied.parameters()} == {torch.float32}
+    batch = models.batch(stock)
+    plain, fused = (saved_bytes(lambda m=m: m(**batch).loss.backward()) for m in (stock, applied.model))
+    assert fused < 0.35 * plain
+    for name, grad in gradients(applied.model, batch)[1].items():
+        wanted = gradients(stock, batch)[1][name]
+        assert (grad - wanted).norm() <= 0.02 * wanted.norm() + 1e-6, name

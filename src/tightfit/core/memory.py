@@ -157,6 +157,7 @@ def _distinct(tensors) -> list[torch.Tensor]:
 
 def saved_bytes(step: Step) -> int:
     """Bytes of the unique storages that `step` packs for backward, parameters and buffers left out."""
+    gc.collect()  # the memory of a model that is garbage could be used again by what the step keeps
     own: set[int] = set()
     for item in gc.get_objects():
         if issubclass(type(item), nn.Module):

@@ -85,6 +85,18 @@ def source_of(tensor: Tensor) -> Source | None:
     return None
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in another type, whose users keep what rebuilds x, or x itself, instead of the copy."""
+    copy = x.to(dtype)
+    if copy is x or not torch.is_grad_enabled():
+        return copy
+    source = source_of(x)
+    if source is None:
+        return attach(copy, (x,), lambda kept: kept.to(dtype))
+    make = source.rebuild.make
+    return attach(copy, source.kept, lambda *kept: make(kept, None).to(dtype))
+
+
 def detach_source(tensor: Tensor) -> None:
     """Take the source off a tensor, so that its users keep the tensor itself."""
     for owner in (tensor, tensor._base):

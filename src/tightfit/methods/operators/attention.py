@@ -43,6 +43,7 @@ def fused_sdpa(
     def stock(q, k, v, mask):
         return sdpa_attention_forward(module, q, k, v, mask, dropout, scaling, is_causal, **kwargs)[0]
 
+    codec = codec if module.training else None
     needs = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     learned = attention_mask is not None and attention_mask.requires_grad
     odd = any(kwargs.get(name) is not None and kwargs[name] is not False for name in _PLAIN)

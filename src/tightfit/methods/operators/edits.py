@@ -69,7 +69,7 @@ def operator_edits(
     for kind in kinds:
         mixin, find = KINDS[kind]
         if counts[kind]:
-            note = f"{counts[kind]} modules"
+            note = f"{counts[kind]} x {kind}"
             yield ModulesEdit(kind=kind, mixin=mixin, find=find(chosen), note=note, shared=True)
     if "linear" in kinds:
         lora = modules.lora_layers(chosen)

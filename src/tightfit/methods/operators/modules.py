@@ -20,7 +20,7 @@ from tightfit.ops.dropout import dropout
 from tightfit.ops.linear import add_scaled, linear
 from tightfit.ops.norm import layer_norm, rms_norm
 from tightfit.ops.rows import attention_masks
-from tightfit.ops.source import detach_source
+from tightfit.ops.source import cast, detach_source
 
 Found = list[tuple[nn.Module, dict[str, Any]]]
 Chosen = Callable[[str], bool]
@@ -75,7 +75,9 @@ class FusedLora:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         name, result = active[0], layer.base_layer(x)
         down, up = layer.lora_A[name], layer.lora_B[name]
-        update = up(down(layer.lora_dropout[name](layer._cast_input_dtype(x, down.weight.dtype))))
+        if getattr(layer, "cast_input_dtype_enabled", True):
+            x = cast(x, down.weight.dtype)
+        update = up(down(layer.lora_dropout[name](x)))
         if update.dtype != result.dtype:
             return (result + update * layer.scaling[name]).to(result.dtype)
         return add_scaled(result, update, layer.scaling[name])

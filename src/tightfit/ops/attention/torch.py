@@ -97,6 +97,11 @@ def _trimmed(*tensors: Tensor) -> list[Tensor]:
     return [t if fits else t.clone(memory_format=torch.contiguous_format) for t, fits in zip(tensors, whole)]
 
 
+def _wide(t: Tensor) -> Tensor:
+    """float32 for what is narrower, as torch's math path computes it."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
 class _DropoutJoint(Joint):
     """Forward again and backward, one batch element at a time."""
 
@@ -112,7 +117,7 @@ class _DropoutJoint(Joint):
 
     def probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None, b: int) -> Tensor:
         """(H, L, S) of one batch element, in the order of operations of torch's math path."""
-        scores = (q[b] * self.factor) @ (k[b].transpose(-2, -1) * self.factor)
+        scores = (_wide(q[b]) * self.factor) @ (_wide(k[b]).transpose(-2, -1) * self.factor)
         if mask is None:
             return torch.softmax(scores, -1)
         rows = mask.expand(-1, -1, *mask.shape[-2:]) if mask.dim() == 4 else mask[None, None]
@@ -128,7 +133,7 @@ class _DropoutJoint(Joint):
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
         for b in range(q.shape[0]):
             found = self.probabilities(q, k, mask, b)
-            out[b] = (found.mul_(self.noise(packed, found, b)) @ v[b]).transpose(0, 1)
+            out[b] = (found.mul_(self.noise(packed, found, b)) @ _wide(v[b])).transpose(0, 1)
         return out
 
     def backward(self, kept, parameters, grad):
@@ -139,13 +144,13 @@ class _DropoutJoint(Joint):
         for b in range(q.shape[0]):
             found = self.probabilities(q, k, mask, b)
             noise = self.noise(packed, found, b)
-            dropped, pull = found * noise, grad[b].transpose(0, 1)
-            out[b] = (dropped @ v[b]).transpose(0, 1)
+            dropped, pull = found * noise, _wide(grad[b]).transpose(0, 1)
+            out[b] = (dropped @ _wide(v[b])).transpose(0, 1)
             grads[2][b] = dropped.transpose(-2, -1) @ pull
-            slope = (pull @ v[b].transpose(-2, -1)).mul_(noise)
+            slope = (pull @ _wide(v[b]).transpose(-2, -1)).mul_(noise)
             slope = torch._softmax_backward_data(slope, found, -1, found.dtype)
-            grads[0][b] = (slope @ (k[b] * self.factor)).mul_(self.factor)
-            grads[1][b] = (slope.transpose(-2, -1) @ (q[b] * self.factor)).mul_(self.factor)
+            grads[0][b] = (slope @ (_wide(k[b]) * self.factor)).mul_(self.factor)
+            grads[1][b] = (slope.transpose(-2, -1) @ (_wide(q[b]) * self.factor)).mul_(self.factor)
         return out, grads
 
 
@@ -159,7 +164,7 @@ class _DropoutAttention(torch.autograd.Function):
             found = joint.probabilities(q, k, mask, b)
             noise = torch.empty_like(found).bernoulli_(1 - joint.p)
             packed.append(pack(noise.bool()))
-            out[b] = (found.mul_(noise.div_(1 - joint.p)) @ v[b]).transpose(0, 1)
+            out[b] = (found.mul_(noise.div_(1 - joint.p)) @ _wide(v[b])).transpose(0, 1)
         bits, coded = torch.stack(packed), joint.coded.encode(q, k, v)
         ctx.mark_non_differentiable(bits, *coded)
         ctx.save_for_backward(bits, *(() if mask is None else (mask,)), *(coded or (q, k, v)))
