@@ -73,6 +73,16 @@ def configurations() -> dict[str, dict]:
     add("bert", recipe="fused-ops+lora", blocks=6, batch=16, vocabulary=1000)
     add("bert", recipe="fused-ops", blocks=12, width=128, vocabulary=1000, length=256, batch=8, optimizer="sgd")
     add("llama", recipe="partial-embedding+fused-ops", batch=8)
+    for family in ("bert", "gpt2", "llama", "t5"):
+        add(family, recipe="mesa", batch=8)
+        add(family, recipe="fused-ops+mesa-all", batch=8, vocabulary=1000)
+        add(family, recipe="wta-crs", batch=8, vocabulary=1000)
+        add(family, recipe="lora+velora", batch=8, vocabulary=1000)
+    add("llama", recipe="fused-ops+mesa", dtype="bfloat16", batch=8, vocabulary=1000)
+    add("bert", recipe="fused-ops+mesa+wta-crs", batch=8, blocks=6, vocabulary=1000)
+    add("llama", recipe="lora+fused-ops+mesa-all", dtype="bfloat16", batch=8)
+    add("vit", recipe="fused-ops+mesa", batch=8)
+    add("bert", recipe="mesa+checkpointing", batch=8, vocabulary=1000)
     return rows
 
 
@@ -169,6 +179,10 @@ def build(c: dict):
         known = {
             "partial-embedding": tightfit.PartialEmbedding(ids=sorted(kept)),
             "fused-ops": tightfit.FusedOps(),
+            "mesa": tightfit.Mesa(),
+            "mesa-all": tightfit.Mesa(attention=True, mlp_bits=4),
+            "wta-crs": tightfit.WtaCrs(),
+            "velora": tightfit.Velora(where="*"),
             "lora": tightfit.Lora(),
             "checkpointing": tightfit.Checkpointing(),
         }

@@ -93,6 +93,10 @@ class WtaCrs(Transform):
                 f"training examples, and the other scores take none"
             )
 
+    @classmethod
+    def candidates(cls, model: nn.Module) -> Iterator[WtaCrs]:
+        yield cls()
+
     def edits(self, model: nn.Module, context: Context) -> Iterator[Edit]:
         if self.where is None:
             targets = hfmodel.block_linears(model)

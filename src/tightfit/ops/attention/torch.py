@@ -14,6 +14,9 @@ from tightfit.ops.codec import Codec, Kept
 from tightfit.ops.recompute import Joint, recompute
 from tightfit.ops.source import attach
 
+PART_BYTES = 2**20
+"""Probabilities, in float32, that attention with dropout computes at once; a batch element at least."""
+
 
 def attention(
     call: Callable[..., Tensor],
@@ -60,7 +63,7 @@ def dropout_attention(
     """Attention with dropout as torch's math path on a CPU computes it, bit for bit from the same random state.
 
     Keeps q, k, v and a bit per probability; torch keeps the probabilities, their noise and their product with it, 12
-    bytes each. Works on one batch element at a time.
+    bytes each. Works on a few batch elements at a time.
 
     Args:
         q: (B, H, L, D); k, v: (B, H, S, D).
@@ -103,7 +106,7 @@ def _wide(t: Tensor) -> Tensor:
 
 
 class _DropoutJoint(Joint):
-    """Forward again and backward, one batch element at a time."""
+    """Forward again and backward, some batch elements at a time."""
 
     def __init__(self, p: float, factor: float, coded: Kept):
         super().__init__(self.again)
@@ -115,25 +118,30 @@ class _DropoutJoint(Joint):
         q, k, v = self.coded.again(kept[1 + count :])
         return kept[0], q, k, v, kept[1] if count else None
 
-    def probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None, b: int) -> Tensor:
-        """(H, L, S) of one batch element, in the order of operations of torch's math path."""
-        scores = (_wide(q[b]) * self.factor) @ (_wide(k[b]).transpose(-2, -1) * self.factor)
+    def probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None, part: slice) -> Tensor:
+        """(b, H, L, S) of a part of the batch, in the order of operations of torch's math path."""
+        scores = (_wide(q[part]) * self.factor) @ (_wide(k[part]).transpose(-2, -1) * self.factor)
         if mask is None:
             return torch.softmax(scores, -1)
-        rows = mask.expand(-1, -1, *mask.shape[-2:]) if mask.dim() == 4 else mask[None, None]
+        if mask.dim() == 4 and mask.shape[0] > 1:
+            mask = mask[part]
         # a row that may look at nothing gets zeros
-        return torch._safe_softmax(scores.add_(rows[b if rows.shape[0] > 1 else 0]), -1)
+        return torch._safe_softmax(scores.add_(mask), -1)
 
-    def noise(self, packed: Tensor, like: Tensor, b: int) -> Tensor:
+    def noise(self, packed: Tensor, like: Tensor, number: int) -> Tensor:
+        """What the probabilities of part `number` are multiplied with."""
         scale = torch.ones((), dtype=like.dtype).div_(1 - self.p)
-        return unpack(packed[b], like.numel(), scale).view(like.shape)
+        count = -(-like.numel() // 8)
+        # only the last part may be smaller than the others, and it ends with the bits
+        start = number * count if (number + 1) * count < packed.numel() else packed.numel() - count
+        return unpack(packed[start : start + count], like.numel(), scale).view(like.shape)
 
     def again(self, *kept) -> Tensor:
         packed, q, k, v, mask = self.inputs_of(kept)
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-        for b in range(q.shape[0]):
-            found = self.probabilities(q, k, mask, b)
-            out[b] = (found.mul_(self.noise(packed, found, b)) @ _wide(v[b])).transpose(0, 1)
+        for number, part in enumerate(_parts(q, k)):
+            found = self.probabilities(q, k, mask, part)
+            out[part] = (found.mul_(self.noise(packed, found, number)) @ _wide(v[part])).transpose(1, 2)
         return out
 
     def backward(self, kept, parameters, grad):
@@ -141,17 +149,24 @@ class _DropoutJoint(Joint):
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
         grad = grad.view(out.shape)
         grads = [torch.empty_like(t) for t in (q, k, v)]
-        for b in range(q.shape[0]):
-            found = self.probabilities(q, k, mask, b)
-            noise = self.noise(packed, found, b)
-            dropped, pull = found * noise, _wide(grad[b]).transpose(0, 1)
-            out[b] = (dropped @ _wide(v[b])).transpose(0, 1)
-            grads[2][b] = dropped.transpose(-2, -1) @ pull
-            slope = (pull @ _wide(v[b]).transpose(-2, -1)).mul_(noise)
+        for number, part in enumerate(_parts(q, k)):
+            found = self.probabilities(q, k, mask, part)
+            noise = self.noise(packed, found, number)
+            dropped, pull = found * noise, _wide(grad[part]).transpose(1, 2)
+            out[part] = (dropped @ _wide(v[part])).transpose(1, 2)
+            grads[2][part] = dropped.transpose(-2, -1) @ pull
+            slope = (pull @ _wide(v[part]).transpose(-2, -1)).mul_(noise)
             slope = torch._softmax_backward_data(slope, found, -1, found.dtype)
-            grads[0][b] = (slope @ (_wide(k[b]) * self.factor)).mul_(self.factor)
-            grads[1][b] = (slope.transpose(-2, -1) @ (_wide(q[b]) * self.factor)).mul_(self.factor)
+            grads[0][part] = (slope @ (_wide(k[part]) * self.factor)).mul_(self.factor)
+            grads[1][part] = (slope.transpose(-2, -1) @ (_wide(q[part]) * self.factor)).mul_(self.factor)
         return out, grads
+
+
+def _parts(q: Tensor, k: Tensor) -> list[slice]:
+    """Parts of the batch whose probabilities are computed at once: as many elements as keep them in the cache."""
+    rows, heads, length, _ = q.shape
+    size = max(1, PART_BYTES // max(1, 4 * heads * length * k.shape[-2]))
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 class _DropoutAttention(torch.autograd.Function):
@@ -160,12 +175,12 @@ class _DropoutAttention(torch.autograd.Function):
         ctx.joint = joint
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
         packed = []
-        for b in range(q.shape[0]):
-            found = joint.probabilities(q, k, mask, b)
+        for part in _parts(q, k):
+            found = joint.probabilities(q, k, mask, part)
             noise = torch.empty_like(found).bernoulli_(1 - joint.p)
             packed.append(pack(noise.bool()))
-            out[b] = (found.mul_(noise.div_(1 - joint.p)) @ _wide(v[b])).transpose(0, 1)
-        bits, coded = torch.stack(packed), joint.coded.encode(q, k, v)
+            out[part] = (found.mul_(noise.div_(1 - joint.p)) @ _wide(v[part])).transpose(1, 2)
+        bits, coded = torch.cat(packed), joint.coded.encode(q, k, v)
         ctx.mark_non_differentiable(bits, *coded)
         ctx.save_for_backward(bits, *(() if mask is None else (mask,)), *(coded or (q, k, v)))
         return out, bits, *coded
