@@ -155,12 +155,21 @@ def activations(result: dict[str, Any]) -> str:
 
 
 def activation_time(result: dict[str, Any]) -> str:
+    return by_model(result, "measured", 3)
+
+
+def sampling_error(result: dict[str, Any]) -> str:
+    return by_model(result, "error", 2)
+
+
+def by_model(result: dict[str, Any], key: str, digits: int) -> str:
+    """A line per recipe, a column per model."""
     models = list(dict.fromkeys(row["model"] for row in result["rows"]))
     found = {(row["model"], row["recipe"]): row for row in result["rows"]}
     rows = []
     for recipe in dict.fromkeys(row["recipe"] for row in result["rows"]):
         cells = [found.get((model, recipe)) for model in models]
-        rows.append([recipe, *("" if row is None else f"{row['measured']:.3f}" for row in cells)])
+        rows.append([recipe, *("" if row is None else f"{row[key]:.{digits}f}" for row in cells)])
     return table(["recipe", *models], rows) + "\n" + footer(result)
 
 
@@ -306,6 +315,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "plan_accuracy.rows": plan_accuracy_rows,
     "activations": activations,
     "activation_time": activation_time,
+    "sampling_error": sampling_error,
     "extrapolation": extrapolation,
     "planning_cost": planning_cost,
     "recommend": recommend,
