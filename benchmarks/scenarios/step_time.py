@@ -125,7 +125,7 @@ def simulation(case: Case):
 
 
 def run() -> list[dict[str, Any]]:
-    """One row per configuration."""
+    """One row per configuration; families that the result file holds are kept."""
     from tightfit.core.calibrate import calibrate
     from tightfit.core.timing import relative_step_time, step_time
 
@@ -134,8 +134,11 @@ def run() -> list[dict[str, Any]]:
     coefficients = calibrate()
     config: dict[str, Any] = {"rounds": ROUNDS, "families": FAMILIES, "machine": coefficients.machine}
     config["calibration_seconds"] = round(time.perf_counter() - start)
-    rows: list[dict[str, Any]] = []
+    earlier = record.read(NAME)
+    rows: list[dict[str, Any]] = earlier["rows"] if earlier else []
     for family in FAMILIES:
+        if any(row["family"] == family for row in rows):
+            continue
         base = simulation(Case(family, "stock"))
         with process(functools.partial(stepper, Case(family, "stock"))) as stock:
             for case in (c for c in cases() if c.family == family):
