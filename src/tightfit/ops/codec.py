@@ -128,6 +128,12 @@ def pack_once(x: Tensor, cast: Tensor, codec: Codec) -> Packed:
     return packed
 
 
+def forget_packed(x: Tensor) -> None:
+    """Let go of what layers kept of x for their siblings."""
+    if hasattr(x, _ATTRIBUTE):
+        delattr(x, _ATTRIBUTE)
+
+
 def outer(grad: Tensor, x: Tensor, transposed: bool) -> Tensor:
     """grad^T x for grad (n, O) and x (n, I); (I, O) if transposed."""
     return x.t() @ grad if transposed else grad.t() @ x

@@ -15,7 +15,7 @@ from tightfit.core.tight import is_tight, state_of
 from tightfit.methods.operators import probe
 from tightfit.ops import rows
 from tightfit.ops.activation import activation, gated_activation, slope_of
-from tightfit.ops.codec import Codec
+from tightfit.ops.codec import Codec, forget_packed
 from tightfit.ops.dropout import dropout
 from tightfit.ops.linear import add_scaled, linear
 from tightfit.ops.norm import layer_norm, rms_norm
@@ -134,11 +134,18 @@ class FusedBlock:
     """
 
     def forward(self, *args, **kwargs):
-        if self.training and getattr(self, "gradient_checkpointing", False):  # type: ignore[attr-defined]
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, torch.Tensor):
-                    detach_source(value)
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not (self.training and getattr(self, "gradient_checkpointing", False)):  # type: ignore[attr-defined]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        for value in given:
+            detach_source(value)
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            # the checkpoint keeps these tensors, and with them what hangs on them
+            for value in given:
+                detach_source(value)
+                forget_packed(value)
 
 
 class NoCache:
