@@ -1,0 +1,114 @@
+"""FusedOps, Mesa, WtaCrs and Velora on real tasks beside stock and LoRA: the metric after one epoch, by seed.
+
+Needs the data folder beside the project and the MiniLM package. A run takes some CPU minutes; each is written as it ends, and the next
+call goes on.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import record
+
+NAME = "activation_quality"
+QUICK = False
+SEEDS = (0, 1, 2)
+TASKS: dict[str, dict[str, Any]] = {
+    "MRPC": {
+        "train": "mrpc/msr_paraphrase_train.txt.gz",
+        "eval": "mrpc/msr_paraphrase_test.txt.gz",
+        "format": "tsv",
+        "text": ["#1 String", "#2 String"],
+        "label": "Quality",
+    },
+    "CoLA": {
+        "train": "cola/train.tsv.gz",
+        "eval": "cola/dev.tsv",
+        "columns": ["source", "label", "note", "sentence"],
+        "text": ["sentence"],
+        "label": "label",
+    },
+    "SST-2": {
+        "train": "sst2/train.tsv.gz",
+        "eval": "sst2/dev.tsv",
+        "text": ["sentence"],
+        "label": "label",
+        "rows": 5000,
+    },
+    "STS-B": {
+        "train": "stsb_multi/stsb-en-train.csv.gz",
+        "eval": "stsb_multi/stsb-en-dev.csv.gz",
+        "columns": ["first", "second", "score"],
+        "text": ["first", "second"],
+        "label": "score",
+        "regression": True,
+    },
+}
+METRICS = {"MRPC": "f1", "CoLA": "matthews", "SST-2": "accuracy", "STS-B": "pearson"}
+FULL = {"epochs": 2, "batch_size": 32, "learning_rate": 5.0e-5, "max_length": 128, "warmup_ratio": 0.1}
+ADAPTERS = {**FULL, "learning_rate": 1.0e-3}
+RECIPES: dict[str, list[dict[str, Any]]] = {
+    "stock": [],
+    "FusedOps": [{"FusedOps": {}}],
+    "FusedOps + Mesa": [{"FusedOps": {}}, {"Mesa": {}}],
+    "FusedOps + WtaCrs": [{"FusedOps": {}}, {"WtaCrs": {}}],
+    'WtaCrs(scores="running")': [{"WtaCrs": {"scores": "running"}}],
+    "WtaCrs": [{"WtaCrs": {}}],
+    "Lora": [{"Lora": {}}],
+    "Lora + Velora": [{"Lora": {}}, {"Velora": {"where": "*"}}],
+}
+
+
+def recipe_file(task: str, recipe: str, seed: int, output: Path):
+    """The recipe file of one run."""
+    from tightfit.train.recipe_file import RecipeFile
+
+    data = {k: str(record.SHARED / "data" / v) if k in ("train", "eval") else v for k, v in TASKS[task].items()}
+    settings = ADAPTERS if recipe.startswith("Lora") else FULL
+    return RecipeFile.model_validate(
+        {
+            "model": "demo:minilm",
+            "task": "sequence-classification",
+            "data": data,
+            "methods": RECIPES[recipe],
+            "train": {**settings, "seed": seed},
+            "output": str(output),
+        }
+    )
+
+
+def run(seeds: tuple[int, ...] = SEEDS) -> list[dict[str, Any]]:
+    """One row per seed, task and recipe."""
+    from tightfit.train.run import prepare, train
+
+    config = {"tasks": TASKS, "full": FULL, "adapters": ADAPTERS, "recipes": RECIPES}
+    earlier = record.read(NAME)
+    rows = earlier["rows"] if earlier and earlier["config"] == config else []
+    done = {(row["task"], row["recipe"], row["seed"]) for row in rows}
+    for seed in seeds:
+        for task in TASKS:
+            prepared = None
+            for recipe in RECIPES:
+                if (task, recipe, seed) in done:
+                    continue
+                with tempfile.TemporaryDirectory() as folder:
+                    file = recipe_file(task, recipe, seed, Path(folder) / "run")
+                    prepared = prepared or prepare(file)
+                    found = train(file, prepared=prepared)
+                rows.append(
+                    {
+                        "task": task,
+                        "recipe": recipe,
+                        "seed": seed,
+                        "metric": METRICS[task],
+                        "value": found.metrics[METRICS[task]],
+                        "metrics": found.metrics,
+                        "peak_bytes": found.peak_bytes,
+                        "predicted_peak_bytes": found.predicted_peak_bytes,
+                    }
+                )
+                record.write(NAME, config, rows)
+                print(rows[-1], flush=True)
+    return rows
