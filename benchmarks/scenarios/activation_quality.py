@@ -1,7 +1,7 @@
 """FusedOps, Mesa, WtaCrs and Velora on real tasks beside stock and LoRA: the metric after one epoch, by seed.
 
-Needs the data folder beside the project and the MiniLM package. A run takes some CPU minutes; each is written as it ends, and the next
-call goes on.
+Needs the data folder beside the project and the MiniLM package. A run takes some CPU minutes; each is written as it
+ends, and the next call goes on.
 """
 
 from __future__ import annotations
