@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -13,9 +12,9 @@ from tightfit.core import hfmodel
 from tightfit.core.edits import CallEdit, Edit
 from tightfit.core.fields import check_bool, check_choice, check_int, check_selector
 from tightfit.core.transform import Context, Slot, Transform
-from tightfit.methods.operators import mark_edit, operator_edits
+from tightfit.methods.operators import coded_edit, operator_edits
 from tightfit.methods.operators.attention import AttentionEdit, supports
-from tightfit.methods.operators.modules import Coded, NoCache, takes_cache
+from tightfit.methods.operators.modules import NoCache, takes_cache
 from tightfit.ops.affine import Affine
 
 MLP = ("activation", "gated mlp")
@@ -91,7 +90,7 @@ class Mesa(Transform):
         yield from operator_edits(model, self.where, method="Mesa")
         for kind in CODED:
             codec = self._codec(self.mlp_bits if kind in MLP else None)
-            yield mark_edit(kind, self.where, Coded, functools.partial(_state, codec), f"{codec.bits} bits")
+            yield coded_edit(kind, self.where, codec, f"{codec.bits} bits")
         if self.attention and supports(model):
             label = f"_{self.bits}_{self.group_size}_{self.rounding}"
             yield AttentionEdit(codec=self._codec(None), label=label, note=f"keeps q, k and v in {self.bits} bits")
@@ -100,7 +99,3 @@ class Mesa(Transform):
 
     def _codec(self, bits: int | None) -> Affine:
         return Affine(self.bits if bits is None else bits, self.group_size, self.rounding)
-
-
-def _state(codec: Affine, module: nn.Module) -> dict[str, Affine]:
-    return {"codec": codec}

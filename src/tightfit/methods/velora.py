@@ -10,13 +10,11 @@ import torch
 from torch import nn
 
 from tightfit.core import hfmodel
-from tightfit.core.edits import Edit, ModulesEdit, Part
+from tightfit.core.edits import Edit, Part
 from tightfit.core.errors import SelectorError, shorten
 from tightfit.core.fields import check_choice, check_float, check_int, check_selector
-from tightfit.core.select import select
 from tightfit.core.transform import Context, Slot, Transform
-from tightfit.methods.operators import chosen_by, estimator_edits
-from tightfit.methods.operators import modules as operators
+from tightfit.methods.operators import estimator_edits, named_linears, padding_edit
 from tightfit.ops.subtoken import INITS, Subtoken
 
 VALUE = frozenset({"v_proj", "value", "value_proj", "v", "v_lin"})
@@ -85,15 +83,12 @@ class Velora(Transform):
         part = Directions(self)
         note = f"{self.groups} numbers per token"
         yield from estimator_edits(model, targets, part.add, method="Velora", part=part, note=note, only=_reads_input)
-        everywhere = operators.blocks(chosen_by(None), lambda block: {"places": operators.mask_places(block)})
-        if self.init.startswith("batch_average") and everywhere(model):
-            note = "tells the padding"
-            yield ModulesEdit(kind="block rows", mixin=operators.TellsRows, find=everywhere, note=note, shared=True)
+        if self.init.startswith("batch_average"):
+            yield from padding_edit(model)
 
     def _targets(self, model: nn.Module) -> list[str]:
         if self.where is not None:
-            names = select(model, self.where, kind=hfmodel.is_linear, method="Velora")
-            return [name.removesuffix(".base_layer") for name in names]
+            return named_linears(model, self.where, method="Velora")
         targets = value_and_down(model)
         if not targets:
             raise SelectorError(

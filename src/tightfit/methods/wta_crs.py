@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from tightfit.core import hfmodel
-from tightfit.core.edits import CallEdit, Edit, ModulesEdit, Part
+from tightfit.core.edits import CallEdit, Edit, Part
 from tightfit.core.errors import SelectorError
 from tightfit.core.fields import check_choice, check_float, check_int, check_selector
-from tightfit.core.select import select
 from tightfit.core.transform import Context, Slot, Transform
-from tightfit.methods.operators import chosen_by, estimator_edits
-from tightfit.methods.operators import modules as operators
+from tightfit.methods.operators import estimator_edits, named_linears, padding_edit
+from tightfit.methods.operators.modules import TakesIndex
 from tightfit.ops.rows import Cached, Rows, Running
 
 log = logging.getLogger(__name__)
@@ -101,8 +100,7 @@ class WtaCrs(Transform):
         if self.where is None:
             targets = hfmodel.block_linears(model)
         else:
-            found = select(model, self.where, kind=hfmodel.is_linear, method="WtaCrs")
-            targets = [name.removesuffix(".base_layer") for name in found]
+            targets = named_linears(model, self.where, method="WtaCrs")
         if not targets:
             raise SelectorError(
                 f"WtaCrs: {type(model).__name__} has no blocks with linear layers; name layers by where="
@@ -110,12 +108,9 @@ class WtaCrs(Transform):
         part = Sampling(self)
         note = f"samples {self.budget} of the rows"
         yield from estimator_edits(model, targets, part.add, method="WtaCrs", part=part, note=note)
-        everywhere = operators.blocks(chosen_by(None), lambda block: {"places": operators.mask_places(block)})
-        if everywhere(model):
-            note = "tells the padding"
-            yield ModulesEdit(kind="block rows", mixin=operators.TellsRows, find=everywhere, note=note, shared=True)
+        yield from padding_edit(model)
         if self.scores == "cache":
-            yield CallEdit(where="model", mixin=operators.TakesIndex, note="takes sample_index")
+            yield CallEdit(where="model", mixin=TakesIndex, note="takes sample_index")
 
 
 class Sampling(Part):

@@ -1,5 +1,11 @@
 """What the methods that change operators share: which modules have a fused form, and edits that put it on."""
 
-from tightfit.methods.operators.edits import KINDS, Chosen, chosen_by, estimator_edits, found, mark_edit, operator_edits
+from tightfit.methods.operators.edits import (
+    coded_edit,
+    estimator_edits,
+    named_linears,
+    operator_edits,
+    padding_edit,
+)
 
-__all__ = ["KINDS", "Chosen", "chosen_by", "estimator_edits", "found", "mark_edit", "operator_edits"]
+__all__ = ["coded_edit", "estimator_edits", "named_linears", "operator_edits", "padding_edit"]

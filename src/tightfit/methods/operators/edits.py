@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from tightfit.core import hfmodel
 from tightfit.core.edits import Edit, ModulesEdit, Part
 from tightfit.core.errors import SelectorError, shorten
 from tightfit.core.select import select
 from tightfit.methods.operators import modules
 from tightfit.methods.operators.modules import Chosen, Found
-
-State = Callable[[nn.Module], dict[str, Any]]
+from tightfit.ops.codec import Codec
 
 KINDS = {
     "linear": (modules.FusedLinear, modules.linears),
@@ -43,53 +43,53 @@ def chosen_by(where: str | None) -> Chosen:
     return chosen
 
 
-def found(model: nn.Module, chosen: Chosen, kinds: Iterable[str]) -> dict[str, Found]:
-    """The modules of each kind, with the state of their fused form."""
-    return {kind: KINDS[kind][1](chosen)(model) for kind in kinds}
-
-
-def operator_edits(
-    model: nn.Module, where: str | None, kinds: Iterable[str] = tuple(KINDS), *, method: str
-) -> Iterator[Edit]:
-    """Edits that fuse the modules of these kinds that `where` names, save those that another method fuses.
+def operator_edits(model: nn.Module, where: str | None, *, method: str) -> Iterator[Edit]:
+    """Edits that fuse the modules that `where` names, save those that another method fuses.
 
     Raises:
         SelectorError: a pattern matches no module, or none that has a fused form.
     """
     if where is not None:
         select(model, where, method=method)
-    chosen, kinds = chosen_by(where), tuple(kinds)
-    counts = {kind: len(modules_) for kind, modules_ in found(model, chosen, kinds).items()}
+    chosen = chosen_by(where)
+    counts = {kind: len(find(chosen)(model)) for kind, (_, find) in KINDS.items()}
     if not any(counts.values()):
         chosen_ones = "" if where is None else f" that where={where!r} matches"
         raise SelectorError(
             f"{method}: no module of {type(model).__name__}{chosen_ones} has a fused form; "
-            f"those that have one are of these kinds: {', '.join(kinds)}"
+            f"those that have one are of these kinds: {', '.join(KINDS)}"
         )
-    for kind in kinds:
-        mixin, find = KINDS[kind]
+    for kind, (mixin, find) in KINDS.items():
         if counts[kind]:
             note = f"{counts[kind]} x {kind}"
             yield ModulesEdit(kind=kind, mixin=mixin, find=find(chosen), note=note, shared=True)
-    if "linear" in kinds:
-        lora = modules.lora_layers(chosen)
-        yield ModulesEdit(
-            kind="lora",
-            mixin=modules.FusedLora,
-            find=lora,
-            note="LoRA layers, where there are any, add in place",
-            shared=True,
-        )
+    lora = modules.lora_layers(chosen)
+    note = "LoRA layers, where there are any, add in place"
+    yield ModulesEdit(kind="lora", mixin=modules.FusedLora, find=lora, note=note, shared=True)
     everywhere = modules.blocks(chosen_by(None))
     if everywhere(model):
         block = modules.FusedBlock
         yield ModulesEdit(kind="block", mixin=block, find=everywhere, note="as one under checkpointing", shared=True)
 
 
-def mark_edit(kind: str, where: str | None, mark: type, state: State, note: str, **options: Any) -> Edit:
-    """An edit that puts a mark on the fused modules of a kind: what they keep, they keep by the codec in its state."""
-    find = modules.fused(KINDS[kind][0], chosen_by(where), state)
-    return ModulesEdit(kind=f"{kind}: {note}", mixin=mark, find=find, note=note, **options)
+def coded_edit(kind: str, where: str | None, codec: Codec, note: str) -> Edit:
+    """An edit after which the fused modules of a kind keep what they keep by a codec."""
+    find = modules.fused(KINDS[kind][0], chosen_by(where), {"codec": codec})
+    return ModulesEdit(kind=f"{kind}: {note}", mixin=modules.Coded, find=find, note=note)
+
+
+def padding_edit(model: nn.Module) -> Iterator[Edit]:
+    """An edit after which blocks tell the layers inside them which rows are padding; none without blocks."""
+    everywhere = modules.blocks(chosen_by(None), lambda block: {"places": modules.mask_places(block)})
+    if everywhere(model):
+        note = "tells the padding"
+        yield ModulesEdit(kind="block rows", mixin=modules.TellsRows, find=everywhere, note=note, shared=True)
+
+
+def named_linears(model: nn.Module, where: str, *, method: str) -> list[str]:
+    """Stock names of the linear layers that patterns match. Raises: SelectorError."""
+    names = select(model, where, kind=hfmodel.is_linear, method=method)
+    return [name.removesuffix(".base_layer") for name in names]
 
 
 def owner_of(name: str) -> str:

@@ -13,13 +13,12 @@ from torch import nn
 from tightfit.core import hfmodel
 from tightfit.core.tight import is_tight, state_of
 from tightfit.methods.operators import probe
-from tightfit.ops import rows
 from tightfit.ops.activation import activation, gated_activation, slope_of
 from tightfit.ops.codec import Codec, forget_packed
 from tightfit.ops.dropout import dropout
 from tightfit.ops.linear import add_scaled, linear
 from tightfit.ops.norm import layer_norm, rms_norm
-from tightfit.ops.rows import attention_masks
+from tightfit.ops.rows import attention_masks, sample_index
 from tightfit.ops.source import cast, detach_source
 
 Found = list[tuple[nn.Module, dict[str, Any]]]
@@ -179,8 +178,9 @@ def mask_places(block: nn.Module) -> dict[str, int]:
 class TakesIndex:
     """A model whose batches say which examples of the data set they hold."""
 
-    def forward(self, *args, sample_index=None, **kwargs):
-        with rows.sample_index(sample_index if self.training else None):  # type: ignore[attr-defined]
+    def forward(self, *args, **kwargs):
+        index = kwargs.pop("sample_index", None)
+        with sample_index(index if self.training else None):  # type: ignore[attr-defined]
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -189,9 +189,9 @@ def takes_cache(backbone: nn.Module) -> bool:
     return "use_cache" in inspect.signature(type(backbone).forward).parameters
 
 
-def fused(mixin: type, chosen: Chosen, state: Callable[[nn.Module], dict[str, Any]]) -> Callable[[nn.Module], Found]:
+def fused(mixin: type, chosen: Chosen, state: dict[str, Any]) -> Callable[[nn.Module], Found]:
     """The modules that carry a fused form already, with the state of a mark to put on them."""
-    return lambda model: [(m, state(m)) for name, m in _matching(model, chosen) if is_tight(m, mixin)]
+    return lambda model: [(m, dict(state)) for name, m in _matching(model, chosen) if is_tight(m, mixin)]
 
 
 def blocks(
