@@ -24,7 +24,7 @@ from tightfit.core.recipe import Recipe, chain
 from tightfit.core.recommend import Choice, recommend
 from tightfit.core.skeleton import skeleton
 from tightfit.core.transform import Slot, Transform
-from tightfit.methods import Checkpointing, FusedOps, Lora, Mesa, PartialEmbedding, Velora, WtaCrs, methods
+from tightfit.methods import Checkpointing, FusedOps, Lora, Mesa, PartialEmbedding, Reversible, Velora, WtaCrs, methods
 
 __all__ = [
     "Applied",
@@ -42,6 +42,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "RecipeError",
+    "Reversible",
     "SelectorError",
     "SimulationError",
     "Slot",

@@ -236,6 +236,7 @@ class Applied:
 
     def merge(self) -> nn.Module:
         """Take the recipe off and leave its result in the stock parameters; returns the stock model."""
+        self._before_merge("merge")
         return self._leave("merge", lambda handle: handle.merge(self.model))
 
     def _leave(self, verb: str, act: Callable[[Handle], None]) -> nn.Module:
@@ -273,11 +274,16 @@ class Applied:
 
     def stock_state_dict(self) -> dict[str, torch.Tensor]:
         """The state dict with stock names and shapes and everything merged, without changing the model."""
-        self._require_live("stock_state_dict")
+        self._before_merge("export")
         state = dict(self.model.state_dict())
         for handle in reversed(self._handles):
             handle.stock_state(self.model, state)
         return state
+
+    def _before_merge(self, verb: str) -> None:
+        self._require_live(verb)
+        for handle in self._handles:
+            handle.before_merge(self.model, verb)
 
     def residue(self) -> dict[str, torch.Tensor]:
         """Parts of stock tensors that the stand-ins do not hold."""

@@ -96,6 +96,9 @@ class Handle:
     def commit(self, model: nn.Module) -> None:
         """Called once all edits of the recipe have run: let go of what only a failed `apply` would need."""
 
+    def before_merge(self, model: nn.Module, verb: str) -> None:
+        """Raise where stock parameters cannot hold the result; called before `verb` (merge, export) does anything."""
+
     def merge(self, model: nn.Module) -> None:
         """Take the edit off and leave its result in the stock parameters."""
         self.undo(model)

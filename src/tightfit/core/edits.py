@@ -2,8 +2,9 @@
 
 `ParameterEdit` puts another tensor under the same name on every alias; `ModuleEdit` gives one module another
 forward; `StackEdit` takes over how a stack of blocks is run; `CallEdit` wraps the call of the model or of its
-backbone. `TrainableEdit` switches gradients on and off. An edit is inert until the core runs it; running
-returns a `Handle` that can undo it, merge it, and say what must be saved.
+backbone. `TrainableEdit` switches gradients on and off, `ChildEdit` adds a module with parameters of its own. An
+edit is inert until the core runs it; running returns a `Handle` that can undo it, merge it, and say what must be
+saved.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from tightfit.core import hfmodel
@@ -25,6 +27,7 @@ from tightfit.core.transform import Slot
 
 __all__ = [
     "CallEdit",
+    "ChildEdit",
     "Claim",
     "Codec",
     "Edit",
@@ -172,6 +175,45 @@ class StackEdit(Edit):
             for index, (name, module) in enumerate(zip(self.blocks, modules))
         }
         return _MixinHandle(modules, StackMixin, lambda module: states[id(module)])
+
+
+# -- child edit -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ChildEdit(Edit):
+    """Add a module with parameters of its own below a stock one; a stock state dict does not hold them.
+
+    `make` gets the stock module; while planning it must draw no random numbers. A merge or an export drops the module:
+    where that must not happen, another edit of the method refuses it (`Handle.before_merge`).
+    """
+
+    slot: Slot = Slot.NEW_PARAMETERS
+    module: str
+    child: str
+    make: Callable[[nn.Module], nn.Module]
+
+    @property
+    def target(self) -> str:
+        return f"{self.module}.{self.child}" if self.module else self.child
+
+    def run(self, model: nn.Module) -> Handle:
+        return _ChildHandle(hfmodel.stock_module(model, self.module), self)
+
+
+class _ChildHandle(Handle):
+    def __init__(self, parent: nn.Module, edit: ChildEdit):
+        if hasattr(parent, edit.child):
+            raise UnsupportedModelError(f"{type(parent).__name__} already has an attribute {edit.child!r}")
+        self.parent, self.edit = parent, edit
+        parent.add_module(edit.child, edit.make(parent))
+
+    def undo(self, model: nn.Module) -> None:
+        self.parent._modules.pop(self.edit.child, None)
+
+    def stock_state(self, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in state if key.startswith(f"{self.edit.target}.")]:
+            del state[key]
 
 
 # -- trainable edit ---------------------------------------------------------------------------------------------

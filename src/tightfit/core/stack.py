@@ -96,6 +96,11 @@ def _without_cache(args: tuple, kwargs: dict, number: int) -> tuple[tuple, dict]
     return tuple(None if _is_cache(value) else value for value in args), plain
 
 
+def block_of(forward: Any) -> nn.Module:
+    """The block whose stock forward a runner was given."""
+    return forward.__self__
+
+
 def _once(forward):
     """In evaluation the cache is wanted; it is a second run, in a backward pass, that must not touch it."""
     runs: list[bool] = []
@@ -109,6 +114,7 @@ def _once(forward):
         runs.append(True)
         return forward(*args, **kwargs)
 
+    run.__self__ = block_of(forward)  # type: ignore[attr-defined]
     return run
 
 

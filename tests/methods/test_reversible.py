@@ -1,0 +1,117 @@
+"""Reversible, exact: the streams come back bit by bit, and the gradients are those of the forward that ran."""
+
+import models
+import pytest
+import torch
+from checks.state import gradients
+from reversible_cases import close, deep, meft1, straight, two_step
+
+import tightfit
+from tightfit import Lora, Reversible
+from tightfit.methods.reversible.streams import Fixed
+
+FAMILIES = ("llama", "bert", "gpt2", "t5", "bart", "gemma2", "roberta")
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def bits_of(applied):
+    return applied.report()["methods"]["Reversible"]["bits_behind_the_point"]
+
+
+def trained(model):
+    """Adapters that do something: a new lora_B is zero."""
+    torch.manual_seed(11)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    return model
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Streams as each step replaced them, and as they came back."""
+    gone, back = [], []
+    forward, inverse = Fixed.forward, Fixed.inverse
+
+    def keep_old(self, half, old, read, x, out):
+        gone.append(old.clone())
+        return forward(self, half, old, read, x, out)
+
+    def keep_back(self, *arguments):
+        found = inverse(self, *arguments)
+        back.append(found.clone())
+        return found
+
+    monkeypatch.setattr(Fixed, "forward", keep_old)
+    monkeypatch.setattr(Fixed, "inverse", keep_back)
+    return gone, back
+
+
+# -- bit by bit -------------------------------------------------------------------------------------------------------
+
+
+QUICK = [("llama", 3, True), ("bert", 1, False), ("llama", 0, False)]
+REST = [(f, k, a) for f in ("llama", "bert") for k in (0, 1, 3, 6) for a in (False, True) if (f, k) != ("bert", 0)]
+REST = [case for case in REST if case not in QUICK]
+
+
+@pytest.mark.parametrize(
+    ("family", "k", "autocast"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
+)
+@pytest.mark.filterwarnings("ignore:Reversible.k=0.:UserWarning")
+def test_streams_come_back_bit_by_bit_over_32_blocks(family, k, autocast, recorded):
+    gone, back = recorded
+    model = deep(family, 32, dropout=0.1)
+    tightfit.apply(model, Reversible(k=k))
+    gradients(model, models.batch(model), autocast=autocast)
+    assert len(gone) == 32
+    assert len(back) == 32  # the embedding trains, so the lowest block gives its input back as well
+    assert all(torch.equal(a, b) for a, b in zip(gone, reversed(back)))
+
+
+@pytest.mark.parametrize(("variant", "steps"), [("meft1", 2), ("meft2", 2), ("meft3", 2)])
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+def test_the_published_couplings_come_back_too(variant, steps, family, recorded):
+    gone, back = recorded
+    model = deep(family, 6, dropout=0.1)
+    tightfit.apply(model, Reversible(variant=variant, adapter_dim=4, merge="mean"))
+    gradients(model, models.batch(model))
+    assert len(gone) == steps * 6
+    assert len(back) == len(gone) - 1  # the embedding is frozen: nobody asks for the first streams
+    assert all(torch.equal(a, b) for a, b in zip(gone[1:], reversed(back)))
+
+
+@pytest.mark.parametrize(
+    ("family", "update", "fields"),
+    [
+        ("llama", two_step(4), {}),
+        ("bert", two_step(4), {}),
+        ("gpt2", two_step(2), {"k": 2}),
+        ("llama", meft1(3), {"variant": "meft1", "k": 3}),
+    ],
+)
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradients_are_those_of_plain_autograd(family, update, fields, lora):
+    recipe = [Lora(rank=2, dropout=0.1)] if lora else []
+    model, slow = deep(family, 16, dropout=0.1), deep(family, 16, dropout=0.1)
+    applied = tightfit.apply(model, [*recipe, Reversible(**fields)])
+    if lora:
+        torch.manual_seed(0)
+        tightfit.apply(slow, recipe)
+        slow.load_state_dict(trained(model).state_dict())
+    straight(slow, bits_of(applied), update)
+    batch = models.batch(model)
+    (loss, found), (slow_loss, wanted) = gradients(model, batch), gradients(slow, batch)
+    assert torch.equal(loss, slow_loss)
+    close(found, wanted, 1e-5)
+
+
+@each_family
+def test_gradients_of_every_family(family):
+    model, slow = models.build(family), models.build(family)
+    applied = tightfit.apply(model, Reversible(k=3))
+    straight(slow, bits_of(applied), two_step(3))
+    batch = models.batch(model)
+    (loss, found), (slow_loss, wanted) = gradients(model, batch), gradients(slow, batch)
+    assert torch.equal(loss, slow_loss)
+    close(found, wanted, 1e-5)
