@@ -24,7 +24,18 @@ from tightfit.core.recipe import Recipe, chain
 from tightfit.core.recommend import Choice, recommend
 from tightfit.core.skeleton import skeleton
 from tightfit.core.transform import Slot, Transform
-from tightfit.methods import Checkpointing, FusedOps, Lora, Mesa, PartialEmbedding, Reversible, Velora, WtaCrs, methods
+from tightfit.methods import (
+    Checkpointing,
+    FusedOps,
+    Lora,
+    Mesa,
+    PartialEmbedding,
+    Reversible,
+    TokenTune,
+    Velora,
+    WtaCrs,
+    methods,
+)
 
 __all__ = [
     "Applied",
@@ -48,6 +59,7 @@ __all__ = [
     "Slot",
     "StateError",
     "TightfitError",
+    "TokenTune",
     "TrainingError",
     "Transform",
     "UnknownTokenError",

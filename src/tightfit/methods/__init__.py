@@ -8,10 +8,22 @@ from tightfit.methods.lora import Lora
 from tightfit.methods.mesa import Mesa
 from tightfit.methods.partial_embedding import PartialEmbedding
 from tightfit.methods.reversible import Reversible
+from tightfit.methods.token_tune import TokenTune
 from tightfit.methods.velora import Velora
 from tightfit.methods.wta_crs import WtaCrs
 
-__all__ = ["Checkpointing", "FusedOps", "Lora", "Mesa", "PartialEmbedding", "Reversible", "Velora", "WtaCrs", "methods"]
+__all__ = [
+    "Checkpointing",
+    "FusedOps",
+    "Lora",
+    "Mesa",
+    "PartialEmbedding",
+    "Reversible",
+    "TokenTune",
+    "Velora",
+    "WtaCrs",
+    "methods",
+]
 
 
 def methods() -> list[type[Transform]]:

@@ -1,0 +1,192 @@
+"""The mixins: on the model for labels and loss, on the runner for its two runs, on modules that place tokens."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tightfit.core.edits import StackRunner
+from tightfit.core.tight import state_of
+from tightfit.methods.token_tune.loss import targets_of, token_loss
+from tightfit.methods.token_tune.records import KEY, Capture, Replay
+from tightfit.methods.token_tune.tuner import Request, Tuner, hidden_of, names_of, own_casts
+from tightfit.ops.overwrite import overwrite, take
+
+log = logging.getLogger(__name__)
+
+GIVEN = ("token_positions", "token_scores")
+"""What a batch may hold for TokenTune itself."""
+
+
+class TunedModel:
+    """A model with a head: takes the labels, and forms the loss over the selected tokens."""
+
+    def forward(self, *args, **kwargs):
+        stock = super().forward  # type: ignore[misc]
+        tuner: Tuner = state_of(self, TunedModel)["tuner"]  # type: ignore[arg-type]
+        call = dict(zip(names_of(self), args)) | kwargs  # type: ignore[arg-type]
+        request = Request(positions=call.pop(GIVEN[0], None), scores=call.pop(GIVEN[1], None))
+        if not _active(self) or tuner.whole:
+            return stock(**call)
+        labels = _prepared(self, tuner, call, request)
+        tuner.request = request
+        try:
+            out = stock(**call)
+        finally:
+            tuner.request = None
+        if labels is None:
+            return out
+        assert request.selection is not None
+        settings = tuner.settings
+        by_chance = settings.unbiased or settings.normalise == "all"
+        logits = out[0] if isinstance(out, tuple) else out.logits
+        loss = token_loss(logits, labels, request.selection, by_chance=by_chance, items=request.items)
+        balance = getattr(out, "aux_loss", None)
+        if balance is not None:
+            loss = loss + getattr(_inner(self), "router_aux_loss_coef", 0.0) * balance
+        if isinstance(out, tuple):
+            return (loss, *out)
+        out.loss = loss
+        return out
+
+
+def _active(module: Any) -> bool:
+    return module.training and torch.is_grad_enabled()
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _prepared(model: Any, tuner: Tuner, call: dict[str, Any], request: Request) -> Tensor | None:
+    """Take from a call what the loss needs; returns the targets in the order of the tokens, or None."""
+    head, labels = tuner.facts.head, call.get("labels")
+    if call.get("logits_to_keep"):
+        raise ValueError(
+            "TokenTune: logits_to_keep was given in training; the selected tokens decide which logits exist"
+        )
+    if head == "span":
+        ends = [call[key] for key in ("start_positions", "end_positions") if call.get(key) is not None]
+        request.keep = torch.stack([e.view(-1) for e in ends], 1) if ends else None
+    if head == "pooled" and tuner.facts.causal:
+        # such a head reads the last token that is not padding, with or without a mask
+        ids, pad = call.get("input_ids"), getattr(_inner(model).config, "pad_token_id", None)
+        if torch.is_tensor(ids) and call.get("attention_mask") is None and pad is not None:
+            request.real = ids.ne(pad)
+    shifted = call.get("shift_labels")
+    if not tuner.facts.per_token or (labels is None and shifted is None):
+        return None
+    targets = targets_of(labels, shifted, causal=head == "causal")
+    request.items = call.pop("num_items_in_batch", None)
+    call.pop("shift_labels", None)
+    request.rows, request.labelled, call["labels"] = True, targets.ne(-100), None
+    if head == "seq2seq":
+        if call.get("decoder_input_ids") is None and call.get("decoder_inputs_embeds") is None:
+            call["decoder_input_ids"] = _inner(model).prepare_decoder_input_ids_from_labels(labels)
+        if call.get("decoder_attention_mask") is None:
+            request.real = targets.ne(-100)
+    return targets
+
+
+class TunedRunner:
+    """The backbone, or a decoder: runs once without gradients, and again on the selected tokens."""
+
+    def forward(self, *args, **kwargs):
+        stock = super().forward  # type: ignore[misc]
+        tuner: Tuner = state_of(self, TunedRunner)["tuner"]  # type: ignore[arg-type]
+        call = dict(zip(names_of(self), args)) | kwargs  # type: ignore[arg-type]
+        if tuner.request is None:  # called by itself
+            given = Request(positions=call.pop(GIVEN[0], None), scores=call.pop(GIVEN[1], None))
+            if not _active(self) or tuner.whole:
+                return stock(**call)
+            tuner.request = given
+            try:
+                return self._run(tuner, stock, call)
+            finally:
+                tuner.request = None
+        return self._run(tuner, stock, call) if _active(self) else stock(**call)
+
+    def _stock(self, **call: Any) -> Any:
+        return super().forward(**call)  # type: ignore[misc]
+
+    def _run(self, tuner: Tuner, stock: Any, call: dict[str, Any]) -> Any:
+        if not tuner.warned:
+            tuner.warned = True
+            if any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.modules()):  # type: ignore[attr-defined]
+                log.warning(
+                    "TokenTune: the model has dropout, drawn anew for the selected tokens; they equal the stock step's "
+                    "in distribution only. Set the dropout rates to 0 for equality"
+                )
+        return tuner.run(self, stock, call)  # type: ignore[arg-type]
+
+
+class SelectedTokens:
+    """The module that makes the tokens of an image: the selected ones only, in the second run."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        replay = state_of(self, SelectedTokens)["tuner"].replay  # type: ignore[arg-type]
+        return out if replay is None else take(out, replay.selection.positions)
+
+
+class SelectedPositions:
+    """A position table whose model takes no positions: those of the selected tokens, in the second run."""
+
+    def forward(self, *args, **kwargs):
+        replay: Replay | None = state_of(self, SelectedPositions)["tuner"].replay  # type: ignore[arg-type]
+        if replay is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        table: Any = self
+        places = torch.arange(replay.capture.length, device=table.weight.device)
+        whole = super().forward(None, 0, position_ids=places)  # type: ignore[misc]
+        return take(whole.view(1, replay.capture.length, -1), replay.selection.positions)
+
+
+class Scored:
+    """A block that tells how much it adds to each token."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        record = kwargs.get(KEY)
+        if isinstance(record, Capture):
+            before = args[0] if args else kwargs["hidden_states"]
+            record.add_update(before, out[0] if isinstance(out, tuple) else out)
+        return out
+
+
+class ByBlock(StackRunner):
+    """Both runs block by block: captured keys and values exist for one block at a time, but for what it keeps."""
+
+    def __init__(self, tuner: Tuner):
+        self.tuner = tuner
+
+    def open(self, hidden: Any) -> Any:
+        return None if self.tuner.tape is None else {"rows": None, "replay": None}
+
+    def block(self, tape: Any, index: int, last: bool, forward: Any, hidden: Any, args: tuple, kwargs: dict) -> Any:
+        if tape is None:
+            return forward(hidden, *args, **kwargs)
+        tuner = self.tuner
+        capture, selection = tuner.tape
+        length, positions = hidden.shape[1], selection.positions
+        if index == 0:
+            tape["rows"] = take(hidden, positions)
+            tape["replay"] = Replay(capture, selection, tuner.factor(selection))
+        with torch.no_grad(), own_casts():
+            whole = hidden_of(forward(hidden.detach(), *args, **{**kwargs, KEY: capture}))
+
+        def rows_of(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(rows_of(v) for v in value)
+            fits = torch.is_tensor(value) and value.dim() in (2, 3) and value.shape[1] == length
+            return take(value, positions) if fits else value
+
+        own = {key: rows_of(value) for key, value in kwargs.items()}
+        out = forward(tape["rows"], *map(rows_of, args), **{**own, KEY: tape["replay"]})
+        tape["rows"] = hidden_of(out)
+        if not last:
+            return whole
+        return overwrite(whole, tape["rows"], positions, selection.valid)
