@@ -4,7 +4,7 @@ import pytest
 from transformers import BertConfig, LlamaConfig
 
 import tightfit
-from tightfit.core.search import need
+from tightfit.core.fitting import need
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 256}
 

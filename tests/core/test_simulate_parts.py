@@ -14,6 +14,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import tightfit
+from tightfit.core.edits import planning
 from tightfit.core.errors import SimulationError
 from tightfit.core.simulate import example_batch, simulate
 from tightfit.core.simulate.cuda import CachingAllocator, rounded
@@ -32,6 +34,11 @@ def t5(blocks):
     )
     with torch.device("meta"):
         return T5ForConditionalGeneration(config)
+
+
+def edited(model, *methods):
+    with planning():
+        return tightfit.apply(model, tightfit.chain(*methods)).model
 
 
 class Wrapped(nn.Module):
@@ -54,13 +61,19 @@ def loss_of(out):
 
 @pytest.mark.parametrize(
     "make, options",
-    [(llama, {"optimizer": "adamw-foreach"}), (t5, {})],
-    ids=["decoder, foreach", "encoder-decoder, loop"],
+    [
+        (llama, {"optimizer": "adamw-foreach"}),
+        (t5, {}),
+        (lambda blocks: edited(llama(blocks), tightfit.FusedOps(), tightfit.Mesa()), {}),
+        (lambda blocks: edited(llama(blocks), tightfit.WtaCrs(scores="running")), {}),
+    ],
+    ids=["decoder, foreach", "encoder-decoder, loop", "codes", "samples"],
 )
-def test_short_stacks_extend_to_the_whole_one_to_the_byte(make, options):
-    model = make(6)
+@pytest.mark.parametrize("blocks, how", [(6, True), (10, "unchecked")])
+def test_short_stacks_extend_to_the_whole_one_to_the_byte(make, options, blocks, how):
+    model = make(blocks)
     full = simulate(model, (2, 16), extrapolate=False, **options)
-    short = simulate(model, (2, 16), extrapolate=True, **options)
+    short = simulate(model, (2, 16), extrapolate=how, **options)
     assert "extended" in short.notes[0] and not full.notes
     assert short.peak_bytes == full.peak_bytes
     assert short.phases == full.phases

@@ -138,7 +138,7 @@ def _plan(wishes: Wishes, advisor: Advisor, only: list[type[Transform]] | None) 
         _print_plan(wishes, found, more, measured)
         return
     from tightfit.core.plan import mib
-    from tightfit.core.search import need
+    from tightfit.core.fitting import need
 
     limit = _limit(wishes)
     if need(found) <= limit:

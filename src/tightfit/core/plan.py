@@ -208,7 +208,7 @@ class Draft:
 
     Attributes:
         conflicts: why the recipe would be refused; nothing can be simulated then.
-        gradient_bytes: all gradients.
+        gradient_bytes, largest_bytes: all gradients, and the largest of them.
         static_bytes: weights and gradients, which any step holds together; the optimizer's state comes on top.
     """
 
@@ -218,7 +218,7 @@ class Draft:
         planned, self.conflicts = resolve(shadow, recipe)
         self.rows = [EditRow(type(t).__name__, e.slot.label, e.target, e.note) for t, e in planned]
         self.applied: Applied | None = None
-        self.trainable = self.total = self.static_bytes = self.gradient_bytes = 0
+        self.trainable = self.total = self.static_bytes = self.gradient_bytes = self.largest_bytes = 0
         if self.conflicts:
             return
         with planning():
@@ -227,6 +227,7 @@ class Draft:
         self.trainable = sum(p.numel() for p in parameters if p.requires_grad)
         self.total = sum(p.numel() for p in parameters)
         self.gradient_bytes = sum(p.nbytes for p in parameters if p.requires_grad)
+        self.largest_bytes = max((p.nbytes for p in parameters if p.requires_grad), default=0)
         self.static_bytes = sum(p.nbytes for p in parameters) + self.gradient_bytes
 
     def plan(self, batch: Batch, optimizer: str | Callable, options: dict[str, Any]) -> Plan:

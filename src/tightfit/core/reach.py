@@ -10,9 +10,9 @@ from torch import nn
 from tightfit.core.batch import positions
 from tightfit.core.budget import parse_budget
 from tightfit.core.errors import BudgetError, ConflictError
+from tightfit.core.fitting import need
 from tightfit.core.plan import Draft, Plan, mib
 from tightfit.core.recipe import Recipe, as_recipe
-from tightfit.core.search import need
 from tightfit.core.transform import Transform
 
 MOST = 1 << 16

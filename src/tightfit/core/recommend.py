@@ -11,9 +11,10 @@ from torch import nn
 from tightfit.core.batch import Batch, check_batch
 from tightfit.core.budget import parse_budget
 from tightfit.core.fields import near
+from tightfit.core.fitting import Fit
 from tightfit.core.plan import Plan, mib
 from tightfit.core.recipe import Recipe, method_classes
-from tightfit.core.search import Fit, Progress, Search, check_count, freezes
+from tightfit.core.search import Progress, Search, check_count, freezes
 from tightfit.core.transform import Transform
 
 INDIFFERENT = 0.02
@@ -123,9 +124,13 @@ def recommend(
     groups = candidates(model, methods, extra, tune, exact)
     search = Search(model, batch, most, effective_batch, dict(options, optimizer=optimizer), progress)
     found = search.run(groups, limit, adapters=tune == "adapters")
-    if not found:
-        raise search.failure(budget)
-    return best_first(found, limit)
+    while found:
+        chosen = best_first(found, limit)
+        checked = {fit: search.fitting.checked(fit) for fit in chosen}
+        if all(checked.values()):
+            return choices([fit for fit in checked.values() if fit is not None])
+        found = [fit for fit in found if checked.get(fit, fit) is not None]
+    raise search.failure(budget)
 
 
 def candidates(model: nn.Module, methods, extra, tune: str, exact: bool) -> list[list[Transform]]:
@@ -149,7 +154,8 @@ def candidates(model: nn.Module, methods, extra, tune: str, exact: bool) -> list
     return [values for values in allowed if values]
 
 
-def best_first(found: list[Fit], limit: int) -> list[Choice]:
+def best_first(found: list[Fit], limit: int) -> list[Fit]:
+    """The fits to show, exact ones first and within both the faster first."""
     ranked = sorted(found, key=lambda f: (not f.recipe.exact, round(f.time / INDIFFERENT), len(f.recipe), f.turns))
     kept = ranked[:limit]
     others = [f for f in ranked[limit:] if not f.recipe.exact]
@@ -157,6 +163,11 @@ def best_first(found: list[Fit], limit: int) -> list[Choice]:
         fastest = min(others, key=lambda f: f.time)
         if fastest.time < kept[0].time * 0.95:
             kept[-1] = fastest
+    return kept
+
+
+def choices(kept: list[Fit]) -> list[Choice]:
+    """What the user sees of the fits."""
     return [Choice(f.recipe, f.plan, f.time, _why(f, kept[0]), f.size, f.turns) for f in kept]
 
 

@@ -1,14 +1,13 @@
 """Finding a recipe that fits a memory budget.
 
-Every method offers values worth trying (`Transform.candidates`). They are simulated alone, then together, those that
-promise the shortest step first, at the whole batch and then in equal micro-batches that add up to it. What cannot be
-among the best is not simulated: more methods and slower than a recipe that fits already, or too large at any batch.
+Every method offers values worth trying (`Transform.candidates`). They are simulated alone on the whole batch; from that
+the time and the memory of their combinations are guessed. Then a best-first search: the most promising combination is
+simulated, goes back with what it really takes, and is an answer once it is still the most promising one.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import heapq
 import itertools
 import math
 from collections.abc import Callable
@@ -16,38 +15,24 @@ from typing import Any
 
 from torch import nn
 
-from tightfit.core.batch import Batch, cut, length_of, rows_of
-from tightfit.core.calibrate import coefficients
-from tightfit.core.errors import BudgetError, ConflictError, SimulationError, StateError, UnsupportedModelError
-from tightfit.core.plan import Draft, Plan, mib
+from tightfit.core.batch import Batch, length_of, rows_of
+from tightfit.core.errors import BudgetError, SimulationError, StateError, UnsupportedModelError
+from tightfit.core.fitting import Fit, Fitting, estimate, need
+from tightfit.core.plan import Plan, mib
 from tightfit.core.recipe import Recipe, chain
-from tightfit.core.timing import accumulated, step_time
 from tightfit.core.transform import Transform
 
-MARGIN = {"cpu": 0.003, "cuda": 0.06}
-"""A prediction may be this much under what is measured; a recipe fits only with that much to spare."""
-FAR_SLOWER = 1.15
-"""Once two recipes fit, one that promises to be slower than the better one by more than this is not tried."""
-ROUGH = 1.1
-"""An estimate of a smaller batch's step may be this much above the truth."""
-AS_FAST = 0.05
-"""Predicted times closer than this may be the other way round."""
+OPTIMISM = 0.5
+"""Methods together may take this share of the activations that one would guess from each of them alone."""
 MOST_TRANSFORMS = 3
 MOST_SIMULATIONS = 60
-MOST_MORE = 2
-"""So many recipes that cannot be the best are simulated where there is no alternative to it yet."""
+MOST_MORE = 3
+"""So many more steps are simulated for alternatives once the best recipe is known."""
 _REFUSALS = (SimulationError, UnsupportedModelError, StateError, ValueError)
 
 Progress = Callable[[int, int], None]
 Names = frozenset[int]
 """Numbers of the methods in a recipe."""
-
-
-def need(found: Plan) -> int:
-    """Bytes a plan may take at worst: the prediction, what could not be seen, and the margin of its device."""
-    slack = found.simulation.slack_bytes if found.simulation is not None else 0
-    device = found.source.options.get("device", "cpu") if found.source is not None else "cpu"
-    return round((found.peak_bytes + slack) * (1 + (0.0 if found.measured else MARGIN[device])))
 
 
 def check_count(name: str, value: Any) -> None:
@@ -60,19 +45,16 @@ def freezes(transform: Transform, model: nn.Module) -> bool:
     return next(iter(transform.freezes(model)), None) is not None
 
 
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """A recipe that fits, with the micro-batch at which it does."""
-
-    recipe: Recipe
-    plan: Plan
-    size: int
-    turns: int
-    time: float
-
-
 class Search:
-    """Simulates recipes on one model, batch and budget; every step at most once."""
+    """Recipes of given methods that fit a budget.
+
+    Args:
+        model, batch: as for `plan`.
+        budget: bytes.
+        effective: rows per optimizer step; None for those of the batch.
+        options: the options of `plan`, the optimizer among them.
+        progress: called with the number of steps simulated and the number still expected.
+    """
 
     def __init__(
         self,
@@ -83,236 +65,205 @@ class Search:
         options: dict[str, Any],
         progress: Progress | None = None,
     ):
-        self.model, self.batch, self.budget = model, batch, budget
-        self.optimizer, self.options = options.pop("optimizer"), options
         if effective is not None:
             check_count("effective_batch", effective)
-        self.effective = rows_of(batch) if effective is None else effective
-        top = self.effective if isinstance(batch, tuple) else min(rows_of(batch), self.effective)
-        self.sizes = [n for n in range(1, top + 1) if self.effective % n == 0]
-        self.plans: dict[tuple[Recipe, int], Plan] = {}
-        self.drafts: dict[Recipe, Draft] = {}
-        self.coefficients = coefficients()
-        self.progress, self.expected = progress, 1
-        self.groups: list[list[Transform]] = []
-        self.found: dict[Names, Fit] = {}
+        self.model, self.batch, self.progress = model, batch, progress
+        self.expected = 1
+        rows = rows_of(batch) if effective is None else effective
+        self.fitting = Fitting(model, batch, budget, rows, options, self._told)
 
     def run(
         self, groups: list[list[Transform]], limit: int, *, adapters: bool = False, prune: bool = True
     ) -> list[Fit]:
-        """What fits, as far as it can be among the best `limit`; all of it without pruning.
+        """What fits, with the best of the exact and of the other recipes among it; all of it without pruning.
 
         Args:
             groups: per method its values, the mildest first.
             limit: choices wanted.
             adapters: only recipes that freeze the model's own weights.
-            prune: leave out what cannot be among the best.
+            prune: leave out what cannot be the best.
 
         Raises:
             SimulationError: the stock step cannot be simulated.
         """
-        self.expected = 1 + len(groups)
-        self.groups, self.found = groups, {}
-        stock = self._plan(Recipe(), self.sizes[-1])
-        self.stock_time = self._seconds(stock, self.effective // self.sizes[-1])
-        self.state_share = stock.by_category["optimizer"] / self._draft(Recipe()).gradient_bytes
-        if not adapters and (fit := self._fit(Recipe())) is not None:
-            self.found[frozenset()] = fit
-        works = [i for i in range(len(groups)) if self._whole_time(frozenset([i])) is not None]
-        queue = [frozenset(c) for n in range(1, MOST_TRANSFORMS + 1) for c in itertools.combinations(works, n)]
-        freezing: set[int] | None = None
-        if adapters:
-            freezing = {i for i in works if freezes(groups[i][0], self.model)}
-            queue = [names for names in queue if names & freezing]
-        queue.sort(key=lambda names: (not self._is_exact(names), self._promise(names), len(names)))
-        beaten = []
-        for at, names in enumerate(queue):
-            if prune and len(self.plans) >= MOST_SIMULATIONS:
-                break
-            if prune and self._is_beaten(names, limit):
-                beaten.append(names)
+        self.groups, self.expected = groups, 2 + 2 * len(groups)
+        self.fitting.start()
+        self.found: dict[Names, Fit] = {}
+        self.strength: dict[Names, int] = {}
+        self.per_turn = math.inf
+        works = [i for i in range(len(groups)) if self._single(i)]
+        freezing = {i for i in works if freezes(groups[i][0], self.model)} if adapters else None
+        every = [frozenset(c) for n in range(MOST_TRANSFORMS + 1) for c in itertools.combinations(works, n)]
+        wanted = [names for names in every if freezing is None or names & freezing]
+        if not prune:
+            for names in wanted:
+                while self._refine(names):
+                    pass
+            return list(self.found.values())
+        for exact in (True, False):
+            self._best_first([names for names in wanted if self._recipe(names, 0).exact == exact], limit)
+        for names in wanted:
+            if names not in self.found and (fit := self.fitting.settled(self._recipe(names))) is not None:
+                self.found[names] = fit
+        return list(self.found.values()) or self._last_resort(groups, freezing)
+
+    def _best_first(self, names: list[Names], limit: int) -> None:
+        """Settle the most promising recipes, one step at a time, until the best is known and some alternatives."""
+        queue: list[tuple[float, int, list[int], Names]] = []
+
+        def put(item: Names) -> None:
+            # of two that promise the same, the simpler one first
+            heapq.heappush(queue, (self._promise(item), len(item), sorted(item), item))
+
+        for item in names:
+            put(item)
+        best, more = False, MOST_MORE
+        places = limit - sum(fit.recipe.exact for fit in self.found.values())
+        while queue and places > 0 and len(self.fitting.plans) < MOST_SIMULATIONS:
+            promise, _, _, item = heapq.heappop(queue)
+            if item in self.found:
+                places -= 1
+                best = True
                 continue
-            self.expected = len(self.plans) + len(queue) - at
-            self._try(names, prune)
-        if not self.found:
-            return self._last_resort(groups, freezing)
-        tries = 0
-        for names in beaten:
-            known = (self._first(names), self.sizes[-1]) in self.plans
-            if known or (len(self.found) == 1 and tries < MOST_MORE):
-                tries += not known
-                self._try_whole(names)
-        return list(self.found.values())
+            if any(other < item and fit.time <= promise for other, fit in self.found.items()):
+                continue  # a part of it fits and is as fast
+            if best and more == 0:
+                continue
+            more -= best
+            self.expected = len(self.fitting.plans) + min(len(queue), 4)
+            if self._refine(item) or item in self.found:
+                put(item)
 
-    def _try(self, names: Names, prune: bool) -> None:
-        if prune and self._is_second(names) and len(self._alike(names)) > 1:
-            self._try_whole(names)  # one more alternative is not worth looking for its micro-batch
-            return
-        fit = self._mildest([self.groups[i] for i in sorted(names)], only_first=prune and bool(self.found))
-        if fit is not None:
-            self.found[names] = fit
+    def _refine(self, names: Names) -> bool:
+        """Simulate one more step of a recipe; False where it has become known whether and where it fits."""
+        if names in self.found:
+            return False
+        recipe = self._recipe(names)
+        try:
+            self.fitting.draft(recipe)
+            size = self._next_size(names)
+            if size is not None:
+                self.fitting.plan(recipe, size)
+                self._learn(names, recipe, size)
+                return True
+            fit = self.fitting.settled(recipe)
+            if fit is not None:
+                self.found[names] = fit
+                return False
+            return self._stronger(names, recipe)
+        except _REFUSALS:
+            return False  # these methods do not work on this model together; others may
 
-    def _try_whole(self, names: Names) -> None:
-        recipe = self._first(names)
-        with contextlib.suppress(*_REFUSALS):
-            if need(self._plan(recipe, self.sizes[-1])) <= self.budget:
-                self.found[names] = self._made(recipe, self.sizes[-1])
+    def _stronger(self, names: Names, before: Recipe) -> bool:
+        """Go on to the next stronger values that may fit; False where there are none."""
+        tried = any((before, n) in self.fitting.plans for n in self.fitting.sizes)
+        while self.strength.get(names, 0) + 1 < max((len(self.groups[i]) for i in names), default=0):
+            strength = self.strength[names] = self.strength.get(names, 0) + 1
+            if not tried and not any(self._lowers_floor(i, strength) for i in names):
+                continue  # it was too large for what stays the same
+            if self.fitting.may_fit_after(self._recipe(names), before):
+                return True
+        return False
+
+    def _lowers_floor(self, i: int, strength: int) -> bool:
+        mild, strong = (self._recipe(frozenset([i]), s) for s in (0, strength))
+        return self.fitting.floor(strong) < self.fitting.floor(mild)
 
     # -- what is known before a recipe is simulated ------------------------------------------------------------------
 
-    def _first(self, names: Names) -> Recipe:
-        return chain(*(self.groups[i][0] for i in sorted(names)))
+    def _recipe(self, names: Names, strength: int | None = None) -> Recipe:
+        """Its methods with all their first values, or all second ones, and so on; -1 for the strongest."""
+        if strength is None:
+            strength = self.strength.get(names, 0)
+        values = (self.groups[i] for i in sorted(names))
+        return chain(*(group[-1 if strength < 0 else min(strength, len(group) - 1)] for group in values))
 
-    def _is_exact(self, names: Names) -> bool:
-        return self._first(names).exact
-
-    def _whole_time(self, names: Names, *, simulate: bool = True) -> float | None:
-        """Step time on the whole batch as a ratio to stock; None where it does not work or was not simulated."""
-        recipe, top = self._first(names), self.sizes[-1]
-        if not simulate and (recipe, top) not in self.plans:
-            return None
+    def _single(self, i: int) -> bool:
+        """Simulate a method alone on the whole batch; False where it does not work on this model."""
         try:
-            return self._seconds(self._plan(recipe, top), self.effective // top) / self.stock_time
+            self.fitting.plan(self._recipe(frozenset([i]), 0), self.fitting.sizes[-1])
         except _REFUSALS:
-            return None
+            return False
+        return True
+
+    def _whole(self, names: Names) -> Fit:
+        """A single method, or none, on the whole batch."""
+        return self.fitting.made(self._recipe(names, 0), self.fitting.sizes[-1])
 
     def _promise(self, names: Names) -> float:
-        """Expected step time on the whole batch: methods are taken to act independently, as far as not simulated."""
-        known = self._whole_time(names, simulate=False)
-        if known is not None:
-            return known
-        expected = [math.prod(self._promise(frozenset([i])) for i in names)] if len(names) > 1 else [1.0]
-        for i in names:
-            rest = self._whole_time(names - {i}, simulate=False) if len(names) > 2 else None
-            if rest is not None:  # two methods may spare the same work, so the slower estimate counts
-                expected.append(rest * self._promise(frozenset([i])))
-        return max(expected)
+        """Expected step time at the rows that would be simulated next, rather too short than too long.
 
-    def _alike(self, names: Names) -> list[float]:
-        """Times of what fits and is exact, or not, as this recipe is."""
-        exact = self._is_exact(names)
-        return sorted(fit.time for fit in self.found.values() if fit.recipe.exact == exact)
+        On the whole batch methods are taken to act independently; every further micro-batch costs the same.
+        """
+        if names in self.found:
+            return self.found[names].time
+        recipe = self._recipe(names)
+        whole = self._whole_time(names)
+        tried = [n for n in self.fitting.sizes if (recipe, n) in self.fitting.plans]
+        turns = self._turns(self._next_size(names) or min(tried, default=self.fitting.sizes[0]))
+        if not tried:
+            return whole * (1 + (turns - 1) * (self.per_turn if self.per_turn < math.inf else 0.0))
+        near = min(tried, key=lambda n: abs(self._turns(n) - turns))
+        cost = max(0.0, self.fitting.made(recipe, near).time - whole) / max(1, self._turns(near) - 1)
+        return self.fitting.made(recipe, near).time + (turns - self._turns(near)) * cost
 
-    def _is_beaten(self, names: Names, limit: int) -> bool:
-        """Whether a recipe is not worth showing: slower than a part of itself, or than all that will be shown."""
-        promise = self._promise(names)
-        if any(other < names and fit.time <= promise for other, fit in self.found.items()):
-            return True
-        alike, exact = self._alike(names), self._is_exact(names)
-        if len(alike) > 1 and promise > FAR_SLOWER * alike[0]:
-            return True
-        places = limit if exact else max(1, limit - sum(fit.recipe.exact for fit in self.found.values()))
-        return len(alike) >= places and promise > alike[places - 1]
+    def _whole_time(self, names: Names) -> float:
+        return math.prod(self._whole(frozenset([i])).time for i in names)
 
-    def _is_second(self, names: Names) -> bool:
-        """Whether something that fits is surely faster: it is so already, or it is this recipe and more, as fast."""
-        promise, alike, top = self._promise(names), self._alike(names), self.sizes[-1]
-        if alike and promise > alike[0]:
-            return True
-        for other, fit in self.found.items():
-            if names < other and fit.size < top and self._is_exact(other) == self._is_exact(names):
-                whole = self._whole_time(other, simulate=False)
-                if whole is not None and whole <= promise * (1 + AS_FAST):
-                    return True
-        return False
+    def _turns(self, size: int) -> int:
+        return self.fitting.effective // size
 
-    def _mildest(self, groups: list[list[Transform]], only_first: bool) -> Fit | None:
-        """The mildest values of these methods that fit together: all first ones, all second ones, and so on."""
-        before = None
-        for turn in range(1 if only_first else max(map(len, groups))):
-            recipe = chain(*(group[min(turn, len(group) - 1)] for group in groups))
-            try:
-                if before is not None and not self._may_fit_after(recipe, before):
-                    continue
-                before = recipe
-                fit = self._fit(recipe)
-            except _REFUSALS:
-                return None  # this method does not work on this model; others may
-            if fit is not None:
-                return fit
-        return None
+    def _learn(self, names: Names, recipe: Recipe, size: int) -> None:
+        """Keep the least that a further micro-batch was seen to cost, as a share of the step on the whole batch."""
+        if size < self.fitting.sizes[-1]:
+            ratio = self.fitting.made(recipe, size).time / self._whole_time(names)
+            self.per_turn = min(self.per_turn, max(0.0, ratio - 1) / (self._turns(size) - 1))
 
-    def _may_fit_after(self, recipe: Recipe, before: Recipe) -> bool:
-        """Whether a stronger value of a recipe that does not fit takes enough away: weights, gradients, two moments."""
-        least = min((need(found) for (tried, _), found in self.plans.items() if tried == before), default=0)
-        whole = self.plans.get((before, self.sizes[-1]))
-        if whole is not None:
-            least = min(least, round(estimate(whole.simulation, self.sizes[0] / self.sizes[-1]) / ROUGH))
-        gain = self._draft(before).static_bytes - self._draft(recipe).static_bytes
-        return least - 3 * gain <= self.budget
-
-    def _fit(self, recipe: Recipe) -> Fit | None:
-        """The largest micro-batch at which the recipe fits."""
-        top = self.sizes[-1]
-        if self._held(recipe) > self.budget:
+    def _next_size(self, names: Names) -> int | None:
+        """The rows at which a recipe is simulated next, None for none; at first the most that are guessed to fit."""
+        recipe, sizes, budget = self._recipe(names), self.fitting.sizes, self.fitting.budget
+        if any((recipe, n) in self.fitting.plans for n in sizes):
+            return self.fitting.next_size(recipe)
+        known = recipe in self.fitting.drafts
+        floor = self.fitting.floor(recipe) if known else self._guessed_floor(names)
+        above = self._guessed_above(names)
+        if known and (floor > budget or floor + OPTIMISM * above * sizes[0] / sizes[-1] > budget):
             return None
-        whole, smaller = self._plan(recipe, top), self.sizes[:-1]
-        if need(whole) <= self.budget:
-            return self._made(recipe, top)
-        guesses = {n: estimate(whole.simulation, n / top) for n in smaller}
-        if not smaller or guesses[smaller[0]] > ROUGH * self.budget:
-            return None
-        correction, best = 1.0, None
-        low, high = 0, len(smaller)
-        while low < high:  # smaller[:low] fit, smaller[high:] do not
-            at = max((i for i in range(low, high) if guesses[smaller[i]] * correction <= self.budget), default=low)
-            found = self._plan(recipe, smaller[at])
-            correction = need(found) / guesses[smaller[at]]
-            if need(found) <= self.budget:
-                best, low = smaller[at], at + 1
-                if low < high and guesses[smaller[low]] * correction > ROUGH * self.budget:
-                    break
-            else:
-                high = at
-        return None if best is None else self._made(recipe, best)
+        return max((n for n in sizes if floor + above * n / sizes[-1] <= budget), default=sizes[0])
 
-    def _held(self, recipe: Recipe) -> int:
-        """Weights, gradients and, for optimizers whose state goes by the gradients, the state: there at any batch."""
-        draft = self._draft(recipe)
-        return draft.static_bytes + round(0.95 * self.state_share * draft.gradient_bytes)
+    def _guessed_floor(self, names: Names) -> int:
+        """What is there at any batch, if every method spares what it does alone."""
+        stock = self.fitting.floor(Recipe())
+        singles = (self._recipe(frozenset([i]), 0) for i in names)
+        return max(0, stock - sum(stock - self.fitting.floor(single) for single in singles))
 
-    def _made(self, recipe: Recipe, size: int) -> Fit:
-        found, turns = self._plan(recipe, size), self.effective // size
-        return Fit(recipe, found, size, turns, self._seconds(found, turns) / self.stock_time)
+    def _guessed_above(self, names: Names) -> float:
+        """Bytes above the floor on the whole batch, if every method takes the share of them that it leaves alone."""
+        found = [self._whole(frozenset([i])) for i in names]
+        stock = self._whole(frozenset())
+        most, *rest = (max(1, need(fit.plan) - self.fitting.floor(fit.recipe)) for fit in (stock, *found))
+        return most * math.prod(above / most for above in rest)
 
-    def _draft(self, recipe: Recipe) -> Draft:
-        if recipe not in self.drafts:
-            self.drafts[recipe] = Draft(self.model, recipe)
-        return self.drafts[recipe]
-
-    def _plan(self, recipe: Recipe, size: int) -> Plan:
-        """The recipe's step on `size` rows; a third micro-batch takes what the second one took."""
-        key = (recipe, size)
-        if key not in self.plans:
-            draft = self._draft(recipe)
-            if draft.conflicts:
-                raise ConflictError("; ".join(str(conflict) for conflict in draft.conflicts))
-            options = {**self.options, "accumulate": min(2, self.effective // size)}
-            self.plans[key] = draft.plan(cut(self.batch, size), self.optimizer, options)
-            if self.progress is not None:
-                self.progress(len(self.plans), max(self.expected, len(self.plans)))
-        return self.plans[key]
-
-    def _seconds(self, found: Plan, turns: int) -> float:
-        """Predicted seconds of an optimizer step over `turns` micro-batches, of which up to two were simulated."""
-        repeat: Any = turns / min(2, turns)
-        return accumulated(step_time(found.simulation, self.coefficients), repeat)
+    def _told(self, done: int) -> None:
+        if self.progress is not None:
+            self.progress(done, max(self.expected, done))
 
     # -- when nothing fits ------------------------------------------------------------------------------------------
 
     def _last_resort(self, groups: list[list[Transform]], freezing: set[int] | None) -> list[Fit]:
         """The most frugal recipes at the smallest micro-batch; their plans are what `failure` names."""
+        smallest = self.fitting.sizes[0]
         for recipe in self._frugal(groups, freezing):
             try:
-                if need(self._plan(recipe, self.sizes[0])) <= self.budget:
-                    return [self._made(recipe, self.sizes[0])]
+                if need(self.fitting.plan(recipe, smallest)) <= self.fitting.budget:
+                    return [self.fitting.made(recipe, smallest)]
             except _REFUSALS:
                 continue
         return []
 
     def failure(self, budget: str | int) -> BudgetError:
         """Why nothing fits, and what would."""
-        (recipe, size), found = min(self.plans.items(), key=lambda item: need(item[1]))
+        (recipe, size), found = min(self.fitting.plans.items(), key=lambda item: need(item[1]))
         message = (
             f"budget: no recipe fits {_shown(budget)}; the smallest peak found is {mib(need(found))}, of {recipe} with "
             f"{size} row{'s' if size > 1 else ''} at a time"
@@ -331,7 +282,7 @@ class Search:
                     continue
                 recipe = chain(*(groups[i][-1] for i in picked))
                 try:
-                    draft = self._draft(recipe)
+                    draft = self.fitting.draft(recipe)
                 except _REFUSALS:
                     continue
                 if not draft.conflicts and draft.trainable:
@@ -342,39 +293,20 @@ class Search:
     def _shorter(self, recipe: Recipe, found: Plan) -> int | None:
         """The largest half, quarter, ... of the batch's length at which the recipe fits."""
         length = length_of(self.batch)
-        options = {**self.options, "accumulate": min(2, self.effective)}
+        options = {**self.fitting.options, "accumulate": min(2, self.fitting.effective)}
         full, tries = length or 0, 0
         while length is not None and length > 16 and tries < 3:
             length //= 2
-            if estimate(found.simulation, length / full) > self.budget:
+            if estimate(found.simulation, length / full) > self.fitting.budget:
                 continue
             tries += 1
             try:
-                shorter = self._draft(recipe).plan((1, length), self.optimizer, options)
+                shorter = self.fitting.draft(recipe).plan((1, length), self.fitting.optimizer, options)
             except _REFUSALS:
                 return None
-            if need(shorter) <= self.budget:
+            if need(shorter) <= self.fitting.budget:
                 return length
         return None
-
-
-def estimate(simulation: Any, share: float) -> int:
-    """About what a step takes on `share` of its rows, as a later micro-batch with all gradients there already.
-
-    What belongs to the batch shrinks, the rest stays; a new gradient stands beside the sum it is added to.
-    """
-    shown = simulation.timeline.categories
-    total = max(shown["gradients"], default=0)
-    peak = before = 0
-    for at, phase in enumerate(simulation.timeline.phases):
-        gradients = shown["gradients"][at]
-        fixed = shown["weights"][at] + shown["optimizer"][at] + total
-        rest = shown["activations"][at] + shown["temporary"][at]
-        if phase in ("forward", "backward", "recompute"):
-            rest = rest * share + max(0, gradients - before)
-        before = gradients
-        peak = max(peak, round(fixed + rest))
-    return peak
 
 
 def _shown(budget: str | int) -> str:

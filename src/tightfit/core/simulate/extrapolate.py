@@ -4,13 +4,15 @@ A line through the peaks of short stacks is wrong as soon as the peak changes it
 peaks: a point is one dispatched operator with its highest live bytes, and its key says where it is (phase, block
 counted from the start in the first half of the stack and from the end in the second, path in the block, operator,
 ordinal). Each point moves on a straight line with depth, and the maximum over the extended points is the peak.
-The third depth is predicted from the first two and must agree to the byte, else the whole stack is simulated.
+The third depth is predicted from the first two and must agree to the byte, else the whole stack is simulated; a search
+that checks its answers afterwards may do without the third.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import types
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +28,8 @@ from tightfit.core.simulate.timeline import CATEGORIES, Account, Levels, account
 from tightfit.core.simulate.tracker import OPTIMIZER
 from tightfit.core.tight import _LAYERS
 
+WORTH = 0.65
+"""The short stacks together must have at most this share of the blocks."""
 Key = tuple[Any, ...]
 _TEMPORARY = CATEGORIES.index("temporary")
 
@@ -44,20 +48,25 @@ class Stacks:
         return first, first + self.period, first + 2 * self.period
 
 
-def extended(
-    model: nn.Module, batch: Mapping[str, Any], options: StepOptions, *, force: bool = False
-) -> Account | None:
-    """The whole step from three short stacks, or None where the stack is short or its blocks are not alike."""
+def extended(model: nn.Module, batch: Mapping[str, Any], options: StepOptions, how: str | bool) -> Account | None:
+    """The whole step from short stacks, or None where the stack is short or its blocks are not alike.
+
+    Args:
+        how: as `simulate(extrapolate=...)`.
+    """
     stacks = like_stacks(model)
     if stacks is None:
         return None
     depths = stacks.depths()
-    if depths[-1] >= stacks.length or (not force and sum(depths) > 0.6 * stacks.length):
+    used = depths[:2] if how == "unchecked" else depths
+    if depths[-1] >= stacks.length or (how is not True and sum(used) > WORTH * stacks.length):
         return None
     # whatever a shortened model cannot do, the whole one may
     with contextlib.suppress(SimulationError):
-        short = [_short(model, batch, options, stacks, depth) for depth in depths]
+        short = [_short(model, batch, options, stacks, depth) for depth in used]
         points = [_keys(found, stacks, depth) for found, depth in zip(short, depths)]
+        if how == "unchecked":
+            return _extend(short[0], short[1], points[0], points[1], used, stacks.length, stacks)
         check = _extend(short[0], short[1], points[0], points[1], depths[:2], depths[2], stacks)
         if check is None or not _same(check, short[2]):
             return None
@@ -106,22 +115,28 @@ class _Opaque(Exception):
 _PLAIN = (bool, int, float, str)
 
 
-def _state(value: Any) -> Any:
+def _state(value: Any, depth: int = 4) -> Any:
     if value is None or isinstance(value, (*_PLAIN, type, torch.dtype)):
         return value
     if isinstance(value, torch.Tensor):
         return tuple(value.shape), value.dtype
+    if type(value).__module__ == "torch._ops":
+        return str(value)
+    if depth and isinstance(value, types.FunctionType):
+        cells = (cell.cell_contents for cell in value.__closure__ or ())
+        return value.__module__, value.__qualname__, tuple(_state(cell, depth - 1) for cell in cells)
     if isinstance(value, (tuple, list)):
-        return tuple(_state(item) for item in value)
+        return tuple(_state(item, depth) for item in value)
     if isinstance(value, dict):
-        return tuple((str(key), _state(item)) for key, item in value.items() if not _is_place(key))
-    if dataclasses.is_dataclass(value):
-        return type(value), _state(vars(value))
+        return tuple((str(key), _state(item, depth)) for key, item in value.items() if not _is_place(key))
+    ours = type(value).__module__.startswith("tightfit.") and not isinstance(value, nn.Module)
+    if depth and (ours or dataclasses.is_dataclass(value)):
+        return type(value), _state(vars(value), depth - 1)
     raise _Opaque
 
 
 def _is_place(key: Any) -> bool:
-    return any(word in str(key) for word in ("idx", "index", "layer_id"))
+    return any(word in str(key) for word in ("idx", "index", "layer_id", "seed"))
 
 
 def _short(model, batch, options: StepOptions, stacks: Stacks, depth: int) -> Account:
@@ -151,8 +166,9 @@ def _keys(found: Account, stacks: Stacks, depth: int) -> dict[Key, int]:
             # A loop over parameters meets other parameters at other depths, so its points go by what they take.
             # An operator over all parameters at once runs equally often at any depth and goes by its turn.
             size = found.levels.categories
+            before = found.levels.starts[OPTIMIZER][1][_TEMPORARY]
             keys |= {(*group, "of", len(numbers), i): number for i, number in enumerate(numbers)}
-            keys |= {(*group, "takes", size[number][_TEMPORARY]): number for number in numbers}
+            keys |= {(*group, "takes", size[number][_TEMPORARY] - before): number for number in numbers}
             continue
         half = (len(numbers) + 1) // 2
         for i, number in enumerate(numbers):

@@ -129,7 +129,8 @@ def simulate(
         loss: from the model's outputs to a scalar; `outputs.loss` by default.
         device: "cpu" is exact; "cuda" is modelled on the CPU.
         extrapolate: "auto" simulates a few blocks where a stack is long and its blocks are alike, and extends them to
-            the whole stack, which gives the same bytes; True wherever blocks are alike; False never.
+            the whole stack, which gives the same bytes; True wherever blocks are alike; False never; "unchecked" as
+            "auto" without the third stack that confirms it, for a quick look.
         train: False simulates a forward without gradients in evaluation mode.
         accumulate: micro-batches per step.
 
@@ -151,7 +152,7 @@ def simulate(
     )
     found = None
     if extrapolate:
-        found = extended(model, batch, options, force=extrapolate is True)
+        found = extended(model, batch, options, extrapolate)
     if found is None:
         found = account(*trace_step(model, batch, options))
     return _assemble(found, device)
