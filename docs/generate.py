@@ -218,7 +218,7 @@ def recommend(result: dict[str, Any]) -> str:
                 "yes" if row["under_budget"] else "no",
                 f"{row['best_over_fastest']:.2f}",
                 f"{row['best_over_fastest_not_exact_either']:.2f}",
-                f"{row['recommend_seconds']:.0f}",
+                f"{row['recommend_seconds']:.0f}, {row['simulated_steps']} steps",
             ]
         )
     header = [
@@ -228,7 +228,7 @@ def recommend(result: dict[str, Any]) -> str:
         "its peak, MiB, predicted / measured",
         "other choices",
     ]
-    header += ["all under budget", "step time over the fastest alike", "... over the fastest of all", "CPU s to find"]
+    header += ["all under budget", "step time over the fastest alike", "... over the fastest of all", "CPU s to find, steps simulated"]
     note = (
         "\n\nThe fastest alike is the fastest recipe that fits and is exact where the first choice is; of all, exact "
         "or not. Exact recipes go first by design, so the last ratio may be well above 1."

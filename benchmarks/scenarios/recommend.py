@@ -78,7 +78,7 @@ def of_model(model: Any) -> list[dict[str, Any]]:
         told: list[int] = []
         start = time.process_time()
         choices[budget] = tightfit.recommend(
-            model, batch=batch, budget=budget, extra=[vocabulary], progress=lambda done, _: told.append(done)
+            model, batch=batch, budget=budget, extra=[vocabulary], progress=lambda done, _, told=told: told.append(done)
         )
         seconds[budget], steps[budget] = time.process_time() - start, told[-1]
         search.fitting.budget = budget
