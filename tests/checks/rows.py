@@ -9,7 +9,7 @@ from typing import Any
 import models
 from checks.transforms import CountCalls, HalfTable, OwnLinear, SwapTokens, Tape
 
-from tightfit import Checkpointing, FusedOps, Lora, Mesa, PartialEmbedding, Velora, WtaCrs
+from tightfit import Checkpointing, FusedOps, Lora, Mesa, PartialEmbedding, TokenTune, Velora, WtaCrs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Row:
     merges_equal: bool = True
     deterministic: bool = True
     recomputes_equal: bool = True
+    families: tuple[str, ...] = ("bert", "llama", "t5")
 
     def is_exact(self, family: str) -> bool:
         return self.exact if isinstance(self.exact, bool) else family in self.exact
@@ -47,6 +48,11 @@ def _dora(model):
 
 
 ENCODERS = frozenset({"bert"})
+
+
+def _tokens(name, *, exact=False, **fields):
+    return Row(name, lambda model: TokenTune(**fields), exact=exact, deterministic=exact, families=("bert", "llama"))
+
 
 ROWS = [
     Row("lora", lambda model: Lora(rank=2), keeps_names=False, exact=False),
@@ -67,6 +73,10 @@ ROWS = [
     Row("wta-crs", lambda model: WtaCrs(min_rows=4), exact=False, deterministic=False, recomputes_equal=False),
     Row("mesa-attention", lambda model: Mesa(attention=True, bits=4), exact=False, recomputes_equal=False),
     Row("velora", lambda model: Velora(groups=8), exact=False),
+    _tokens("token-tune", ratio=0.5),
+    _tokens("token-tune-all", exact=True, ratio=1.0),
+    _tokens("token-tune-count", count=4, policy="labelled", normalise="all"),
+    _tokens("token-tune-block", ratio=0.4, policy="block", schedule="block"),
 ]
 
 FAMILIES = ("bert", "llama", "t5")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -113,14 +114,18 @@ class TunedRunner:
         return super().forward(**call)  # type: ignore[misc]
 
     def _run(self, tuner: Tuner, stock: Any, call: dict[str, Any]) -> Any:
-        if not tuner.warned:
-            tuner.warned = True
-            if any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.modules()):  # type: ignore[attr-defined]
-                log.warning(
-                    "TokenTune: the model has dropout, drawn anew for the selected tokens; they equal the stock step's "
-                    "in distribution only. Set the dropout rates to 0 for equality"
-                )
+        if any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.modules()):  # type: ignore[attr-defined]
+            _warn_of_dropout(type(self).__name__)
         return tuner.run(self, stock, call)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _warn_of_dropout(name: str) -> None:
+    log.warning(
+        "TokenTune: %s has dropout, drawn anew for the selected tokens; they equal the stock step's in distribution "
+        "only. Set the dropout rates to 0 for equality",
+        name,
+    )
 
 
 class SelectedTokens:

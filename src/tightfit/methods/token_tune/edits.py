@@ -106,7 +106,7 @@ def check(model: nn.Module, tuner: Tuner) -> None:
     state = state_of(runner, TunedRunner)
     stock = functools.partial(type(runner)._stock, runner)
     suffix = tuner.settings.schedule == "suffix"
-    before = (tuner.random.step, tuner.selected)
+    before = (tuner.random.step, tuner.sizes)
     with evaluating(model), torch.no_grad():
         expected = first_of(stock(**call)).clone()
         tuner.request = Request(positions=None if suffix else places)
@@ -114,7 +114,7 @@ def check(model: nn.Module, tuner: Tuner) -> None:
             found = first_of(state["tuner"].run(runner, stock, call))
         finally:
             tuner.request = None
-    tuner.random.step, tuner.selected = before
+    tuner.random.step, tuner.sizes = before
     gap = (found - expected).where(real[..., None], 0.0).abs().amax()
     size = expected.where(real[..., None], 0.0).abs().amax()
     limit = 100 * torch.finfo(expected.dtype).eps

@@ -70,8 +70,7 @@ class Tuner(Part):
         self.request: Request | None = None
         self.replay: Replay | None = None
         self.tape: Any = None
-        self.selected: Tensor | None = None
-        self.warned = False
+        self.sizes: tuple[int, int] | None = None
 
     @property
     def whole(self) -> bool:
@@ -88,8 +87,8 @@ class Tuner(Part):
 
     def report(self) -> dict[str, Any]:
         facts: dict[str, Any] = {"step": self.random.step, "schedule": self.settings.schedule}
-        if self.selected is not None:
-            facts["selected"] = float(self.selected)
+        if self.sizes is not None:
+            facts["selected"], facts["length"] = self.sizes
         return facts
 
     def __deepcopy__(self, memo: dict) -> Tuner:
@@ -169,7 +168,7 @@ class Tuner(Part):
         places = torch.arange(start, length, device=main.device).expand(rows, size)
         share = torch.full((rows, length), size / length, device=main.device)
         request.selection = Selection(places, real[:, start:], share[:, start:])
-        self.note(request.selection, real)
+        self.sizes = (size, length)
         where = self.places_of(call, length, main.device)
         whole = {k: v for k, v in call.items() if v is not None and k not in ("attention_mask", "position_ids")}
         mask = call.get("attention_mask")
@@ -257,18 +256,13 @@ class Tuner(Part):
             draw = Draw(real, keep, request.labelled, scores)
             random = self.random
             selection = policies.select(draw, settings.ratio, settings.count, settings.policy, random, self.facts.least)
-        self.note(selection, real)
+        self.sizes = (selection.positions.shape[1], shape[1])
         request.selection = selection
         return selection
 
     def _share(self, length: int) -> float:
         settings = self.settings
         return settings.ratio if settings.ratio is not None else min(1.0, (settings.count or 0) / length)
-
-    def note(self, selection: Selection, real: Tensor) -> None:
-        """For the report."""
-        if hfmodel.has_values(real):
-            self.selected = (selection.valid.sum() / real.sum().clamp_min(1)).detach()
 
     def places_of(self, call: dict[str, Any], length: int, device: torch.device) -> Tensor:
         """(1 or B, L), or more dimensions in front: the positions of all tokens."""
