@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import record
+from tasks import recipe_file
 
 NAME = "activation_quality"
 QUICK = False
@@ -64,24 +65,6 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def recipe_file(task: str, recipe: str, seed: int, output: Path):
-    """The recipe file of one run."""
-    from tightfit.train.recipe_file import RecipeFile
-
-    data = {k: str(record.SHARED / "data" / v) if k in ("train", "eval") else v for k, v in TASKS[task].items()}
-    settings = ADAPTERS if recipe.startswith("Lora") else FULL
-    return RecipeFile.model_validate(
-        {
-            "model": "demo:minilm",
-            "task": "sequence-classification",
-            "data": data,
-            "methods": RECIPES[recipe],
-            "train": {**settings, "seed": seed},
-            "output": str(output),
-        }
-    )
-
-
 def run(seeds: tuple[int, ...] = SEEDS) -> list[dict[str, Any]]:
     """One row per seed, task and recipe."""
     from tightfit.train.run import prepare, train
@@ -97,7 +80,8 @@ def run(seeds: tuple[int, ...] = SEEDS) -> list[dict[str, Any]]:
                 if (task, recipe, seed) in done:
                     continue
                 with tempfile.TemporaryDirectory() as folder:
-                    file = recipe_file(task, recipe, seed, Path(folder) / "run")
+                    settings = {**(ADAPTERS if recipe.startswith("Lora") else FULL), "seed": seed}
+                    file = recipe_file(TASKS[task], RECIPES[recipe], settings, Path(folder) / "run")
                     prepared = prepared or prepare(file)
                     found = train(file, prepared=prepared)
                 rows.append(

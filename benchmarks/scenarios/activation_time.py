@@ -47,8 +47,7 @@ def stepper(model: str, methods: list[dict[str, Any]]):
     else:
         size = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8}
         made = hf.LlamaForCausalLM(hf.LlamaConfig(**size, num_hidden_layers=settings["layers"], vocab_size=32_000))
-    recipe = tightfit.chain(*(getattr(tightfit, name)(**fields) for m in methods for name, fields in m.items()))
-    applied = tightfit.apply(made.train(), recipe)
+    applied = tightfit.apply(made.train(), tightfit.Recipe.from_list(methods))
     rows, length = settings["batch"]
     ids = torch.randint(5, 30_000, (rows, length))
     labels = torch.randint(0, 2, (rows,)) if settings["family"] == "bert" else ids

@@ -78,8 +78,7 @@ def run() -> list[dict[str, Any]]:
             model = build(family, config, dropout, dtype)
             batch = example_batch(model, *size, padded=False)
             if methods:
-                values = [getattr(tightfit, key)(**fields) for method in methods for key, fields in method.items()]
-                model = tightfit.apply(model, tightfit.chain(*values)).model
+                model = tightfit.apply(model, tightfit.Recipe.from_list(methods)).model
             found = simulate(model, batch, optimizer="sgd", extrapolate=False)
             peak = max(found.phases.get(phase, 0) for phase in ("forward", "backward", "recompute"))
             blocks = sum(size for module, size in found.saved_by_module.items() if "layer" in module)

@@ -12,6 +12,7 @@ from typing import Any
 
 import record
 import torch
+from tasks import recipe_file
 
 NAME = "partial_embedding"
 QUICK = False
@@ -42,23 +43,6 @@ TRAIN = {"epochs": 1, "batch_size": 32, "learning_rate": 5.0e-5, "max_length": 1
 METHODS: dict[str, list[Any]] = {"stock": [], "PartialEmbedding": ["PartialEmbedding"]}
 
 
-def recipe_file(task: dict[str, Any], methods: list[Any], seed: int, output: Path, data: Path):
-    """The recipe file of one run, its paths under `data`."""
-    from tightfit.train.recipe_file import RecipeFile
-
-    section = {k: str(data / v) if k in ("train", "eval") else v for k, v in task["data"].items()}
-    return RecipeFile.model_validate(
-        {
-            "model": "demo:minilm",
-            "task": task["task"],
-            "data": section,
-            "methods": methods,
-            "train": {**TRAIN, "seed": seed},
-            "output": str(output),
-        }
-    )
-
-
 def run(seeds: tuple[int, ...] = SEEDS) -> list[dict[str, Any]]:
     """One row per task and seed, stock and PartialEmbedding side by side."""
     from tightfit.train.bench import step_time
@@ -74,7 +58,9 @@ def run(seeds: tuple[int, ...] = SEEDS) -> list[dict[str, Any]]:
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 files = {
-                    name: recipe_file(task, methods, seed, Path(folder) / name, record.SHARED / "data")
+                    name: recipe_file(
+                        task["data"], methods, {**TRAIN, "seed": seed}, Path(folder) / name, task=task["task"]
+                    )
                     for name, methods in METHODS.items()
                 }
                 prepared = prepare(files["stock"])

@@ -21,7 +21,9 @@ QUICK = False
 ROWS, LENGTH, KEPT = 8, 64, 2000
 SHARES = (0.0, 0.15, 0.35, 0.65, 1.0)
 ROUNDS = 5
-CONFIG = {"batch": [ROWS, LENGTH], "kept_ids": KEPT, "shares": list(SHARES), "rounds": ROUNDS, "optimizer": "adamw"}
+METHODS = ["Checkpointing", "FusedOps", "Lora", "Mesa", "WtaCrs"]
+"""Beside a vocabulary; every recipe of up to three is run for real, so each more doubles the time."""
+CONFIG = {"batch": [ROWS, LENGTH], "kept_ids": KEPT, "shares": list(SHARES), "rounds": ROUNDS, "methods": METHODS}
 
 
 def models() -> dict[str, Callable[[], Any]]:
@@ -66,19 +68,25 @@ def of_model(model: Any) -> list[dict[str, Any]]:
     from tightfit.core.simulate import example_batch
 
     batch = example_batch(model, ROWS, LENGTH)
+    methods = [getattr(tightfit, name) for name in METHODS]
     vocabulary = tightfit.PartialEmbedding(ids=range(KEPT))
     frugal = tightfit.chain(tightfit.Lora(rank=4), tightfit.Checkpointing())
     least = need(tightfit.plan(model, frugal, batch=example_batch(model, 1, LENGTH), accumulate=2))
     most = need(tightfit.plan(model, batch=batch))
     budgets = [round(1.02 * least + share * (1.02 * most - 1.02 * least)) for share in SHARES]
     search = Search(model, batch, 0, None, {"optimizer": "adamw"})
-    groups = candidates(model, None, [vocabulary], "any", False)
+    groups = candidates(model, methods, [vocabulary], "any", False)
     fits, choices, seconds, steps = {}, {}, {}, {}
     for budget in budgets:
         told: list[int] = []
         start = time.process_time()
         choices[budget] = tightfit.recommend(
-            model, batch=batch, budget=budget, extra=[vocabulary], progress=lambda done, _, told=told: told.append(done)
+            model,
+            batch=batch,
+            budget=budget,
+            methods=methods,
+            extra=[vocabulary],
+            progress=lambda done, _, told=told: told.append(done),
         )
         seconds[budget], steps[budget] = time.process_time() - start, told[-1]
         search.fitting.budget = budget

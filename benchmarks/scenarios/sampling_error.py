@@ -56,8 +56,7 @@ def run() -> list[dict[str, Any]]:
         wanted = gradients(model, batch, 0)
         norm = sum(g.square().sum() for g in wanted.values())
         for recipe, methods in RECIPES.items():
-            values = [getattr(tightfit, key)(**fields) for method in methods for key, fields in method.items()]
-            twin = tightfit.apply(copy.deepcopy(model), values).model
+            twin = tightfit.apply(copy.deepcopy(model), tightfit.Recipe.from_list(methods)).model
             errors = []
             for seed in range(STEPS):
                 found = gradients(twin, batch, seed)

@@ -132,8 +132,7 @@ def planned(family: str, dropout: float, size: tuple[int, int], recipe: str) -> 
 
     model = build(family, dropout)
     batch = example_batch(model, *size, padded=False)
-    methods = [getattr(tightfit, name)(**fields) for m in recipes(family)[recipe] for name, fields in m.items()]
-    model = tightfit.apply(model, methods).model
+    model = tightfit.apply(model, tightfit.Recipe.from_list(recipes(family)[recipe])).model
     for module in model.modules():
         if hasattr(module, "lora_velora_initialized"):  # or it would look at values
             module.lora_velora_initialized["default"] = True

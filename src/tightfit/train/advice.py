@@ -13,7 +13,7 @@ import torch
 
 from tightfit.core.batch import length_of
 from tightfit.core.errors import RecipeError
-from tightfit.core.plan import Plan, plan
+from tightfit.core.plan import Plan
 from tightfit.core.reach import largest_batch, longest_sequence
 from tightfit.core.recipe import Recipe, method_classes
 from tightfit.core.recommend import Choice, recommend
@@ -22,7 +22,7 @@ from tightfit.core.transform import Transform
 from tightfit.train.data import longest_batch
 from tightfit.train.marked_yaml import dump_yaml
 from tightfit.train.recipe_file import RecipeFile, read_recipe_file, write_recipe_file
-from tightfit.train.run import Prepared, build_skeleton, filled, plan_options
+from tightfit.train.run import Prepared, build_skeleton, filled, plan_options, plan_run
 from tightfit.train.sources import DEMO
 from tightfit.train.tasks import build_model, model_path
 
@@ -72,9 +72,7 @@ class Advisor:
 
     def plan(self, *, fallback: str | None = None) -> Plan:
         """The plan of the file's step on its longest batch, gradients accumulated where the file says so."""
-        batch = longest_batch(self.prepared.data, self.file.train.batch_size)
-        turns = min(2, self.file.train.gradient_accumulation)
-        return plan(self.model, self.recipe, batch=batch, accumulate=turns, fallback=fallback, **self.options)
+        return plan_run(self.file, self.prepared, self.recipe, self.model, device=self.device, fallback=fallback)
 
     def recommend(
         self,

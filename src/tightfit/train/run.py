@@ -104,11 +104,20 @@ def build_skeleton(file: RecipeFile, data: TaskData) -> PreTrainedModel:
     return skeleton(model_path(file.model), task=file.task, dtype=torch.float32, **overrides)  # type: ignore
 
 
-def plan_run(file: RecipeFile, prepared: Prepared, recipe: Recipe, model: PreTrainedModel) -> Plan:
+def plan_run(
+    file: RecipeFile,
+    prepared: Prepared,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    *,
+    device: str | None = None,
+    fallback: str | None = None,
+) -> Plan:
     """The plan of a run's step on its longest batch. Raises: SimulationError, and what `plan` raises."""
     batch = longest_batch(prepared.data, file.train.batch_size)
     turns = min(2, file.train.gradient_accumulation)  # more of them peak where the second does
-    return plan(model, recipe, batch=batch, accumulate=turns, **plan_options(file, _device_type()))
+    options = plan_options(file, device or _device_type())
+    return plan(model, recipe, batch=batch, accumulate=turns, fallback=fallback, **options)
 
 
 def plan_options(file: RecipeFile, device: str) -> dict[str, Any]:

@@ -111,10 +111,9 @@ class FusedGate:
     """A gated MLP that keeps gate and up."""
 
     def forward(self, x):
-        gate, up, down, act = state_of(self, FusedGate)["names"]  # type: ignore[arg-type]
-        function = getattr(self, act)
-        gated, raised = getattr(self, gate)(x), getattr(self, up)(x)
-        return getattr(self, down)(gated_activation(gated, raised, function, slope_of(function), codec=codec_of(self)))
+        state = state_of(self, FusedGate)  # type: ignore[arg-type]
+        gate, up, down, act = (getattr(self, name) for name in state["names"])
+        return down(gated_activation(gate(x), up(x), act, state["slope"], codec=codec_of(self)))
 
 
 class FusedDropout:
@@ -293,7 +292,7 @@ def gates(chosen: Chosen) -> Callable[[nn.Module], Found]:
         for _, module in _matching(model, chosen):
             names = next((n for n in GATED if all(hasattr(module, part) for part in n)), None)
             if names is not None and probe.is_gated(module, names):
-                found.append((module, {"names": names}))
+                found.append((module, {"names": names, "slope": slope_of(getattr(module, names[3]))}))
         return found
 
     return find

@@ -59,22 +59,22 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, transposed, sole, codec):
         cast, weight_cast, bias_cast = cast_for_autocast(x, weight, bias)
-        ctx.rebuild, ctx.like, ctx.codec, ctx.packed = None, Like(x.shape, cast.dtype), codec, None
+        ctx.rebuild, ctx.like, ctx.codec, ctx.packer = None, Like(x.shape, cast.dtype), codec, None
         ctx.input_dtype, ctx.transposed, ctx.sole = x.dtype, transposed, sole
-        source = source_of(x)
+        source, packed = source_of(x), None
         if source is None and codec is not None:
-            ctx.packed = pack_once(x, cast, codec)
+            packed = pack_once(x, cast, codec)
             if codec.rebuilds:
                 like = ctx.like
-                attach(x, ctx.packed.tensors, lambda *kept: codec.decode(kept, like.shape, like.dtype))
+                attach(x, packed.tensors, lambda *kept: codec.decode(kept, like.shape, like.dtype))
                 source = source_of(x)
         if source is not None:
             source.rebuild.add_user()
-            ctx.rebuild, ctx.packed = source.rebuild, None
+            ctx.rebuild = source.rebuild
             ctx.save_for_backward(weight, *source.kept)
-        elif ctx.packed is not None:
-            ctx.save_for_backward(weight, *ctx.packed.tensors)
-            ctx.packed = ctx.packed.codec
+        elif packed is not None:
+            ctx.packer = packed.codec  # that of the sibling which packed first
+            ctx.save_for_backward(weight, *packed.tensors)
         else:
             ctx.save_for_backward(weight, cast)
         with torch.autocast(x.device.type, enabled=False):
@@ -89,8 +89,8 @@ class _Linear(torch.autograd.Function):
         joint = ctx.sole and ctx.rebuild is not None and ctx.rebuild.joint
         with torch.autocast(grad.device.type, enabled=False):
             grad_x = _input_grad(ctx, grad_rows, weight) if joint else None
-            if ctx.packed is not None:
-                grad_w = ctx.packed.weight_grad(kept, grad_rows, ctx.like, ctx.transposed)
+            if ctx.packer is not None:
+                grad_w = ctx.packer.weight_grad(kept, grad_rows, ctx.like, ctx.transposed)
             else:
                 x = kept[0] if ctx.rebuild is None else ctx.rebuild(kept, grad_x)
                 form = outer if ctx.codec is None else ctx.codec.weight_grad_of
