@@ -1,8 +1,5 @@
-"""Mesa: outputs bit-equal to stock, gradients within a stated error, and exactly the bytes that codes take."""
+"""Mesa: outputs bit-equal to stock and gradients within a stated error, alone and with others; bad input."""
 
-import copy
-import functools
-import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -13,95 +10,25 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from checks.state import gradients, train
+from mesa_cases import (
+    FAMILIES,
+    WITHOUT_DROPOUT,
+    assert_equal_gradients,
+    batch_of,
+    build,
+    error,
+    gradient_error,
+    kept_bytes,
+    twin,
+    wide,
+)
 from torch import nn
 
 import tightfit
 from tightfit import Checkpointing, FusedOps, Lora, Mesa, PartialEmbedding
 from tightfit.core.errors import SelectorError
-from tightfit.core.memory import allocator_peak, live_bytes, saved_bytes
-from tightfit.core.simulate import example_batch, simulate
 from tightfit.ops.affine import Affine
 from tightfit.ops.linear import linear
-
-SIZE = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 128}
-WORDS = {"vocab_size": models.VOCABULARY, "max_position_embeddings": 66}
-DECODER = {**SIZE, **WORDS, "num_key_value_heads": 1}
-
-
-def no_dropout():
-    return {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
-
-FAMILIES = {
-    "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**SIZE, **WORDS)),
-    "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**SIZE, **WORDS, pad_token_id=1)),
-    "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(n_embd=64, n_layer=2, n_head=2, n_positions=66, vocab_size=120, eos_token_id=2)
-    ),
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER)),
-    "t5": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2, vocab_size=120, decoder_start_token_id=0)
-    ),
-    "t5 gated": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(
-            d_model=64,
-            d_kv=32,
-            d_ff=128,
-            num_layers=2,
-            num_heads=2,
-            vocab_size=120,
-            decoder_start_token_id=0,
-            feed_forward_proj="gated-gelu",
-        )
-    ),
-    "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**SIZE, image_size=32, patch_size=8, num_labels=3)),
-    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**DECODER)),
-    "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**DECODER, head_dim=32, pad_token_id=0)),
-}
-WITHOUT_DROPOUT = {
-    "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**SIZE, **WORDS, **no_dropout())),
-    "llama": FAMILIES["llama"],
-}
-
-
-def build(family, dtype=torch.float32, table=FAMILIES):
-    torch.manual_seed(0)
-    return table[family]().to(dtype).train()
-
-
-def batch_of(model, **options):
-    if isinstance(model, hf.ViTForImageClassification):
-        batch = example_batch(model, 2, 8)
-        return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in batch.items()}
-    return models.batch(model, **options)
-
-
-def kept_bytes(step):
-    """Saved bytes of a step, in which no model of an earlier test is collected."""
-    gc.collect()
-    return saved_bytes(step)
-
-
-def twin(model, *recipe, seed=3):
-    """A copy of the model with the recipe applied."""
-    made = copy.deepcopy(model)
-    torch.manual_seed(seed)
-    tightfit.apply(made, list(recipe))
-    return made
-
-
-def error(found, wanted):
-    """Relative norm of the difference over all gradients."""
-    assert set(found) == set(wanted) and wanted
-    off = sum((found[name] - grad).double().square().sum() for name, grad in wanted.items())
-    return float((off / sum(grad.double().square().sum() for grad in wanted.values())).sqrt())
-
-
-def gradient_error(stock, coded, batch, **options):
-    (loss, found), (wanted_loss, wanted) = gradients(coded, batch, **options), gradients(stock, batch, **options)
-    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-6)
-    return error(found, wanted)
-
 
 # -- forward ------------------------------------------------------------------------------------------------------
 
@@ -208,245 +135,6 @@ def test_a_linears_other_gradients_are_exact(bits, transposed):
     again = codec.decode(codec.encode(x), x.shape, x.dtype).reshape(-1, 96)
     formed = again.t() @ pull.reshape(-1, 40) if transposed else pull.reshape(-1, 40).t() @ again
     torch.testing.assert_close(grad_w, formed, rtol=1e-13, atol=1e-13)
-
-
-# -- what is kept -------------------------------------------------------------------------------------------------
-
-
-def wide(family, layers):
-    """Models whose widths are whole groups."""
-    size = {**SIZE, "hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_hidden_layers": layers}
-    torch.manual_seed(0)
-    if family == "bert":
-        return hf.BertForSequenceClassification(hf.BertConfig(**size, **WORDS, **no_dropout())).train()
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**size, **WORDS, num_key_value_heads=2)).train()
-
-
-@functools.cache
-def block_bytes(family, *recipe):
-    """Saved bytes of one block: those of a model of two less those of one of one."""
-    found = []
-    for layers in (2, 1):
-        model = wide(family, layers)
-        tightfit.apply(model, list(recipe))
-        batch = example_batch(model, 4, 16, padded=False)
-        found.append(kept_bytes(lambda m=model, b=batch: m(**b).loss.backward()))
-    return found[0] - found[1]
-
-
-ROWS, D, FF, KV = 64, 256, 640, 128
-F32 = torch.float32
-
-
-@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_block_keeps_what_its_codes_take_bert(bits):
-    code = Affine(bits).nbytes
-    norms = 2 * (code((ROWS, D), F32) + 4 * ROWS)  # a row's scale
-    rest = norms + code((ROWS, FF), F32)
-    attention = 3 * code((ROWS, D), F32)
-    recipe = [FusedOps(), Mesa(bits=bits, attention=True)]
-    assert block_bytes("bert", *recipe) == rest + attention
-    assert block_bytes("bert", FusedOps(), Mesa(bits=bits)) == rest + 3 * ROWS * D * 4
-    mixed = Mesa(bits=bits, mlp_bits=4, attention=True)
-    mlp = Affine(4).nbytes((ROWS, FF), F32)
-    assert block_bytes("bert", mixed) == norms + mlp + attention
-
-
-@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_block_keeps_what_its_codes_take_llama(bits):
-    code = Affine(bits).nbytes
-    rest = 2 * (code((ROWS, D), F32) + 4 * ROWS) + 2 * code((ROWS, FF), F32)
-    attention = code((ROWS, D), F32) + 2 * code((ROWS, KV), F32)
-    assert block_bytes("llama", FusedOps(), Mesa(bits=bits, attention=True)) == rest + attention
-    assert block_bytes("llama", Mesa(bits=bits, attention=True)) == rest + attention
-    assert block_bytes("llama", FusedOps(), Mesa(bits=bits)) == rest + ROWS * (D + 2 * KV) * 4
-
-
-@pytest.mark.parametrize("family", ["bert", "llama"])
-def test_saved_ratios(family):
-    stock, mesa = block_bytes(family), block_bytes(family, FusedOps(), Mesa(attention=True))
-    assert stock / mesa > {"bert": 5.5, "llama": 7.0}[family]
-
-
-def test_siblings_share_one_code_where_the_norm_is_stock():
-    stock = block_bytes("bert")
-    coded = block_bytes("bert", Mesa(where="query|key|value"))
-    assert coded - stock == Affine().nbytes((ROWS, D), F32) - ROWS * D * 4
-
-
-def test_siblings_share_one_code_without_any_source():
-    x = torch.randn(10, 128)
-    weights = nn.ParameterList(torch.randn(64, 128) for _ in range(3))
-    codecs = [Affine(), Affine(), Affine(4)]  # the third reads what the first kept
-
-    def step():
-        sum(linear(x, w, codec=c).sum() for w, c in zip(weights, codecs)).backward()
-
-    assert kept_bytes(step) == Affine().nbytes(x.shape, F32)
-    y = x.clone()
-
-    def written_to():
-        first = linear(y, weights[0], codec=codecs[0])
-        y.add_(1)  # the code of the old values serves no more
-        (first.sum() + linear(y, weights[1], codec=codecs[0]).sum()).backward()
-
-    assert kept_bytes(written_to) == 2 * Affine().nbytes(x.shape, F32)
-
-
-@pytest.mark.parametrize(
-    ("family", "rounding"),
-    [
-        ("bert", "stochastic"),
-        ("llama", "nearest"),
-        *(pytest.param(family, "nearest", marks=pytest.mark.slow) for family in ("bert", "gpt2", "t5 gated", "vit")),
-    ],
-)
-def test_planned_bytes_are_kept_bytes(family, rounding):
-    model = twin(build(family), FusedOps(), Mesa(attention=True, rounding=rounding))
-    batch = batch_of(model)
-    assert simulate(model, batch).saved_bytes == kept_bytes(lambda: model(**batch).loss.backward())
-
-
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        pytest.param((Mesa(),), id="alone", marks=pytest.mark.slow),
-        pytest.param((FusedOps(), Mesa(attention=True, mlp_bits=4)), id="fused"),
-    ],
-)
-@pytest.mark.parametrize("family", ["bert", "llama"])
-def test_planned_peaks_are_those_of_the_allocator(family, recipe):
-    gc.collect()
-    others = live_bytes()
-    model = wide(family, 2)
-    batch = example_batch(model, 32, 64)
-    planned = tightfit.plan(model, list(recipe), batch=batch, optimizer="sgd").peak_bytes
-    assert planned > 5 * sum(p.nbytes for p in model.parameters())  # activations decide it
-    tightfit.apply(model, list(recipe))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-
-    def step():
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    assert planned == pytest.approx(allocator_peak(step) - others, rel=1e-4)
-
-
-def test_nothing_is_kept_without_gradients_nor_changed_in_evaluation():
-    stock = build("bert")
-    batch = batch_of(stock)
-    with torch.no_grad():
-        with_attention = twin(stock, Mesa(attention=True))
-        assert kept_bytes(lambda: with_attention(**batch)) == 0
-    coded = twin(stock, Mesa())
-    stock.eval()
-    coded.eval()
-    assert gradient_error(stock, coded, batch) < 1e-5  # codes are for training
-    assert torch.equal(stock(**batch).logits, coded(**batch).logits)
-
-
-def test_frozen_weights_keep_no_code():
-    x, w = torch.randn(10, 128, requires_grad=True), nn.Parameter(torch.randn(64, 128), requires_grad=False)
-    held = nn.ParameterList([w])
-    assert kept_bytes(lambda: linear(x, held[0], codec=Affine()).sum().backward()) == 0
-    stock = wide("bert", 2)
-    for parameter in stock.parameters():
-        parameter.requires_grad_(False)
-    coded, batch = twin(stock, Mesa()), batch_of(stock)
-    assert kept_bytes(lambda: coded(**batch)) == 0
-
-
-# -- again and again ----------------------------------------------------------------------------------------------
-
-
-def assert_equal_gradients(found, wanted, **tolerance):
-    assert set(found) == set(wanted) and wanted
-    for name, grad in wanted.items():
-        torch.testing.assert_close(found[name], grad, msg=lambda m, n=name: f"{n}: {m}", **tolerance)
-
-
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_the_same_seed_gives_the_same_gradients(rounding):
-    model = twin(build("bert"), Mesa(attention=True, rounding=rounding))
-    batch = batch_of(model)
-    assert_equal_gradients(gradients(model, batch)[1], gradients(model, batch)[1], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("recipe", [(), (FusedOps(),), (Lora(rank=4),)], ids=["alone", "fused", "lora"])
-def test_recomputed_blocks_give_the_same_gradients(recipe):
-    stock = build("llama")
-    plain = twin(stock, *recipe, Mesa(attention=True))
-    again = twin(stock, *recipe, Mesa(attention=True), Checkpointing())
-    batch = batch_of(stock)
-    assert_equal_gradients(gradients(again, batch)[1], gradients(plain, batch)[1], rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("offload", [False, True])
-def test_checkpointing_of_blocks_that_begin_with_a_linear(offload):
-    # such a block keeps its input's own code, not the one of the norm before it
-    stock = build("bert")
-    coded = twin(stock, FusedOps(), Mesa(attention=True), Checkpointing(offload=offload))
-    assert 1e-5 < gradient_error(stock, coded, batch_of(stock, size=8)) < 0.02
-
-
-def test_accumulated_gradients_add_up():
-    model = twin(build("bert", table=WITHOUT_DROPOUT), Mesa())
-    batches = [batch_of(model, seed=s, length=6 + s) for s in (1, 2)]
-    one, two = (gradients(model, b)[1] for b in batches)
-    both = gradients(model, *batches)[1]
-    assert_equal_gradients(both, {n: one[n] + two[n] for n in one}, rtol=1e-5, atol=1e-7)
-    model.zero_grad()
-    sum(model(**b).loss for b in batches).backward()  # called twice before the backward
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert_equal_gradients(found, both, rtol=1e-4, atol=1e-6)
-
-
-def test_a_layer_that_is_called_twice():
-    x, y, w = (torch.randn(*s, requires_grad=True) for s in ((12, 128), (12, 96), (96, 128)))
-    codec = Affine()
-    out = linear(torch.tanh(linear(x, w, codec=codec) + y) @ w.detach(), w, codec=codec)
-    (grad,) = torch.autograd.grad(out.square().sum(), w)
-    stock = F.linear(torch.tanh(F.linear(x, w) + y) @ w.detach(), w)
-    (wanted,) = torch.autograd.grad(stock.square().sum(), w)
-    assert torch.equal(out, stock)
-    assert 0 < (grad - wanted).norm() / wanted.norm() < 0.02
-
-
-def test_a_deepcopy_works_alone():
-    model = twin(build("bert"), FusedOps(), Mesa(attention=True))
-    copied, batch = copy.deepcopy(model), batch_of(model)
-    wanted = gradients(model, batch)[1]
-    del model
-    assert_equal_gradients(gradients(copied, batch)[1], wanted, rtol=0, atol=0)
-
-
-def test_a_kept_graph_gives_the_same_gradients_twice():
-    model = twin(build("llama"), Mesa(attention=True))
-    loss, parameters = model(**batch_of(model)).loss, list(model.parameters())
-    first = torch.autograd.grad(loss, parameters, retain_graph=True)
-    second = torch.autograd.grad(loss, parameters)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_hooks_on_what_is_kept():
-    model = twin(build("bert"), FusedOps(), Mesa(attention=True))
-    batch = batch_of(model)
-    wanted = gradients(model, batch)[1]
-    with torch.autograd.graph.save_on_cpu():
-        assert_equal_gradients(gradients(model, batch)[1], wanted, rtol=0, atol=0)
-
-
-def test_removal_restores_stock():
-    model = build("bert")
-    batch, classes = batch_of(model), [type(m) for m in model.modules()]
-    wanted = gradients(model, batch)[1]
-    applied = tightfit.apply(model, Mesa(attention=True))
-    assert model.config._attn_implementation == "tightfit_sdpa_8_128_nearest"
-    applied.remove()
-    assert model.config._attn_implementation == "sdpa" and [type(m) for m in model.modules()] == classes
-    assert_equal_gradients(gradients(model, batch)[1], wanted, rtol=0, atol=0)
 
 
 # -- with others --------------------------------------------------------------------------------------------------
