@@ -9,7 +9,7 @@ from typing import Any
 import models
 from checks.transforms import CountCalls, HalfTable, OwnLinear, SwapTokens, Tape
 
-from tightfit import Checkpointing, FusedOps, Lora, Mesa, PartialEmbedding, TokenTune, Velora, WtaCrs
+from tightfit import Checkpointing, FusedOps, Lora, Mesa, PartialEmbedding, Reversible, TokenTune, Velora, WtaCrs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Row:
         make: model -> recipe or transform.
         keeps_names: stock parameters keep their names while it is applied.
         exact: gradients are those of the stock step. A set names the families it is exact on.
+        exports: a stock checkpoint can hold its result.
         merges_equal: the merged model gives the logits of the applied one (up to rounding).
         deterministic: it draws no random numbers, so a step can be repeated.
         recomputes_equal: its gradients are the same under checkpointing. Where they are not, a block estimates with
@@ -33,6 +34,7 @@ class Row:
     merges_equal: bool = True
     deterministic: bool = True
     recomputes_equal: bool = True
+    exports: bool = True
     families: tuple[str, ...] = ("bert", "llama", "t5")
 
     def is_exact(self, family: str) -> bool:
@@ -45,6 +47,10 @@ def _partial(**fields):
 
 def _dora(model):
     return Lora(config={"peft_type": "LORA", "r": 2, "use_dora": True, "target_modules": "all-linear"})
+
+
+def _meft1(model):
+    return Reversible(variant="meft1", adapter_dim=4, merge="mean")
 
 
 ENCODERS = frozenset({"bert"})
@@ -72,6 +78,8 @@ ROWS = [
     Row("mesa", lambda model: Mesa(), exact=False, recomputes_equal=False),
     Row("wta-crs", lambda model: WtaCrs(min_rows=4), exact=False, deterministic=False, recomputes_equal=False),
     Row("mesa-attention", lambda model: Mesa(attention=True, bits=4), exact=False, recomputes_equal=False),
+    Row("reversible", lambda model: Reversible(), exact=False, merges_equal=False),
+    Row("reversible-meft1", _meft1, keeps_names=False, exact=False, exports=False),
     Row("velora", lambda model: Velora(groups=8), exact=False),
     _tokens("token-tune", ratio=0.5),
     _tokens("token-tune-all", exact=True, ratio=1.0),

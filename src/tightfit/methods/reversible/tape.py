@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from tightfit.core.errors import StateError
 from tightfit.core.hfmodel import has_values, storage_key
@@ -211,15 +212,19 @@ class _Step:
         del new, read, saved
         outputs = [out, *(self.extras.made(rest) if self.extras is not None else [])]
         del out, rest
-        pairs = [(t, g) for t, g in zip(outputs, grads) if g is not None and t.requires_grad]
-        del outputs
+        pairs = [
+            (get_gradient_edge(t), g.to(t.dtype)) for t, g in zip(outputs, grads) if g is not None and t.requires_grad
+        ]
+        del outputs  # the edges hold the graph, but not what it led to
         inputs = [x, *self.part.parameters, *given]
+        del x, given
         wanted = [t for t, need in zip(inputs, self.needs[1:]) if need]
+        del inputs
         found: Any = iter(())
         if pairs and wanted:
-            made, sent = [t for t, _ in pairs], [g.to(t.dtype) for t, g in pairs]
+            edges, sent = zip(*pairs)
             del pairs
-            found = iter(torch.autograd.grad(made, wanted, sent, allow_unused=True))
+            found = iter(torch.autograd.grad(edges, wanted, sent, allow_unused=True))
         result = [next(found, None) if need else None for need in self.needs[1:]]
         grad = grads[0]
         if grad is None:
