@@ -148,6 +148,11 @@ def _refuse_structure(model: nn.Module, runner: nn.Module, config: Any, blocks: 
     whole = [m for _, m in inside] + [model.get_submodule(b) for b in blocks]
     if len({id(model.get_submodule(b)) for b in blocks}) != len(blocks):
         raise _refused(model, "its blocks are one module with shared weights, whose runs cannot be told apart")
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and len(blocks) < layers and not getattr(config, "is_encoder_decoder", False):
+        raise _refused(
+            model, f"its {layers} layers are runs of {len(blocks)} with shared weights, which cannot be told apart"
+        )
     if getattr(config, "alibi", False) is True or any(_takes(m, "alibi") for m in whole):
         raise _refused(model, "its attention adds ALiBi, a bias by distance that the selected rows would not have")
     if any("relative_attention_bias" in n for n, _ in inside):

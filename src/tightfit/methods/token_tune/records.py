@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tightfit.core.errors import StateError
+from tightfit.core.errors import UnsupportedModelError
 from tightfit.methods.token_tune.policies import Selection
 from tightfit.ops.attention import attention
 from tightfit.ops.overwrite import overwrite
@@ -109,7 +109,7 @@ class Capture:
         self.masks[module] = (mask, bool(causal) and mask is None and query.shape[2] > 1)
         if not is_cross(module, self.names):
             if module in self.kv:
-                raise StateError(
+                raise UnsupportedModelError(
                     f"TokenTune: {type(module).__name__} runs more than once in one forward (blocks that share their "
                     f"weights); its keys and values cannot be told apart"
                 )

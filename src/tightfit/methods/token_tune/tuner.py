@@ -115,7 +115,7 @@ class Tuner(Part):
         if self.facts.generates:
             call = {**call, "use_cache": False}
         if self.settings.schedule == "suffix":
-            return self._suffix(stock, call, request)
+            return self._suffix(stock, call, request, checkpoints(runner))
         if self.settings.schedule == "block":
             return self._by_block(runner, stock, call, request)
         capture = self.capture(runner)
@@ -152,7 +152,12 @@ class Tuner(Part):
             out.router_logits = tuple(with_rows(a, b, selection) for a, b in zip(routers[::2], routers[1::2]))
         return with_hidden(out, found)
 
-    def _suffix(self, stock: Stock, call: dict[str, Any], request: Request) -> Any:
+    def _suffix(self, stock: Stock, call: dict[str, Any], request: Request, checkpointed: bool) -> Any:
+        if checkpointed:
+            raise StateError(
+                "TokenTune(schedule='suffix'): gradient checkpointing is on, and blocks that run again in backward "
+                "would append to the prefix's cache twice; switch it off, or use schedule='model'"
+            )
         main = _main(call)
         rows, length = main.shape[:2]
         settings = self.settings
