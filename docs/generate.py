@@ -162,6 +162,30 @@ def sampling_error(result: dict[str, Any]) -> str:
     return by_model(result, "error", 2)
 
 
+def quality(result: dict[str, Any]) -> str:
+    """A line per recipe: its metric on every task, in points, the mean over seeds, and the mean over tasks."""
+    tasks = list(dict.fromkeys(row["task"] for row in result["rows"]))
+    values: dict[tuple[str, str], dict[int, float]] = {}
+    for row in result["rows"]:
+        values.setdefault((row["recipe"], row["task"]), {})[row["seed"]] = 100 * row["value"]
+    rows, seeds = [], set()
+    for recipe in dict.fromkeys(row["recipe"] for row in result["rows"]):
+        base = "Lora" if recipe.startswith("Lora + ") else "stock"
+        cells, differences = [], []
+        for task in tasks:
+            found, others = values.get((recipe, task), {}), values.get((base, task), {})
+            cells.append(f"{statistics.fmean(found.values()):.1f}" if found else "")
+            both = found.keys() & others.keys()  # a run that is not there yet must not move the mean
+            differences += [found[seed] - others[seed] for seed in both]
+            seeds.add(len(found))
+        mean = statistics.fmean(differences) if differences and recipe != base else None
+        rows.append([recipe, *cells, "" if mean is None else f"{mean:+.2f} to {base}"])
+    metric = {row["task"]: row["metric"] for row in result["rows"]}
+    header = ["recipe", *(f"{task}, {metric[task]}" for task in tasks), "mean difference"]
+    count = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else str(max(seeds))
+    return table(header, rows) + f"\n\nIn points; means over {count} seeds.\n" + footer(result)
+
+
 def by_model(result: dict[str, Any], key: str, digits: int) -> str:
     """A line per recipe, a column per model."""
     models = list(dict.fromkeys(row["model"] for row in result["rows"]))
@@ -218,7 +242,7 @@ def recommend(result: dict[str, Any]) -> str:
                 "yes" if row["under_budget"] else "no",
                 f"{row['best_over_fastest']:.2f}",
                 f"{row['best_over_fastest_not_exact_either']:.2f}",
-                f"{row['recommend_seconds']:.0f}, {row['simulated_steps']} steps",
+                f"{row['recommend_seconds']:.0f}, {row.get('simulated_steps', '?')} steps",
             ]
         )
     header = [
@@ -228,7 +252,12 @@ def recommend(result: dict[str, Any]) -> str:
         "its peak, MiB, predicted / measured",
         "other choices",
     ]
-    header += ["all under budget", "step time over the fastest alike", "... over the fastest of all", "CPU s to find, steps simulated"]
+    header += [
+        "all under budget",
+        "step time over the fastest alike",
+        "... over the fastest of all",
+        "CPU s to find, steps simulated",
+    ]
     note = (
         "\n\nThe fastest alike is the fastest recipe that fits and is exact where the first choice is; of all, exact "
         "or not. Exact recipes go first by design, so the last ratio may be well above 1."
@@ -315,6 +344,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "plan_accuracy.rows": plan_accuracy_rows,
     "activations": activations,
     "activation_time": activation_time,
+    "activation_quality": quality,
     "sampling_error": sampling_error,
     "extrapolation": extrapolation,
     "planning_cost": planning_cost,
