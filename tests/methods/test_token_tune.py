@@ -19,7 +19,16 @@ PADDINGS = [
     for padding in ("right", "left", None)
     if not (name == "vit" and padding) and not (padding == "left" and name in ENCODERS_SIDE)
 ]
-each = pytest.mark.parametrize("name", ARCHITECTURES)
+FEW = ("bert", "distilbert", "llama", "gemma3", "vit", "bart")
+
+
+def some(*names):
+    """A few architectures in the quick tests, the others in the slow ones."""
+    marked = [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in names]
+    return pytest.mark.parametrize("name", marked)
+
+
+each = some(*ARCHITECTURES)
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +49,7 @@ def losses(model, inputs, pos=None):
     return model(**inputs, **({} if pos is None else {"token_positions": pos})).loss
 
 
+@pytest.mark.slow  # the next test compares the losses
 @pytest.mark.parametrize(("name", "padding"), PADDINGS)
 def test_selected_rows_are_the_stock_models(name, padding):
     model = build(name)
@@ -101,7 +111,7 @@ def test_the_order_of_positions_and_checkpointing_change_nothing(name):
     applied.remove()
 
 
-@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n not in ("vit", "bart")])
+@some(*(n for n in ARCHITECTURES if n not in ("vit", "bart")))
 def test_blocks_run_twice_give_the_same(name):
     model, applied = tuned(name)
     inputs = batch(model)
@@ -116,7 +126,7 @@ def test_blocks_run_twice_give_the_same(name):
 
 
 @pytest.mark.parametrize("padding", [None, "left"])
-@pytest.mark.parametrize("name", [*DECODERS, "llama-class"])
+@some(*DECODERS, "llama-class")
 def test_a_suffix_behind_a_cached_prefix_gives_the_same(name, padding):
     model = build(name)
     inputs = batch(model, padding, length=12)
@@ -152,7 +162,7 @@ def test_unselected_ids_get_no_gradient(name):
     assert touched <= used
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@some(*DECODERS)
 def test_what_stands_behind_the_selection_does_not_matter(name):
     model, _applied = tuned(name)
     model.router_aux_loss_coef = 0.0  # a balance loss looks at all tokens
@@ -217,7 +227,7 @@ def test_generation_is_unaffected(name):
 
 
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("name", ["bert-class", "llama", "gpt2"])
+@some("bert-class", "llama", "gpt2")
 def test_adapters(name, dora):
     model = build(name)
     inputs = batch(model)
@@ -244,7 +254,7 @@ def test_adapters(name, dora):
     torch.testing.assert_close(merged(**inputs).logits, before, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["bert", "bert-class", "llama", "gpt2", "mistral", "vit", "bart"])
+@some("bert", "bert-class", "llama", "gpt2", "mistral", "vit", "bart")
 def test_fused_operators_and_checkpointing_give_the_same(name):
     model, applied = tuned(name)
     inputs = batch(model)
