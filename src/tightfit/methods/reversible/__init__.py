@@ -20,7 +20,7 @@ from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.reversible.adapters import Mlp, maker, merge_edit, mlp_of, parallel_edits
 from tightfit.methods.reversible.guard import headroom, refuse_inexact
 from tightfit.methods.reversible.names import LAGGED, PARALLEL
-from tightfit.methods.reversible.probe import Findings, probe
+from tightfit.methods.reversible.probe import Findings, UntriedError, probe
 from tightfit.methods.reversible.runner import BITS, LARGEST_K, Coupling, Plan, Runner
 from tightfit.methods.reversible.seam import check_cut, seam_edits
 from tightfit.methods.reversible.streams import Half
@@ -180,7 +180,7 @@ class Reversible(Transform):
         )
         if not self.exact:
             deepest = self.anchors or max(map(len, spans))
-            refuse_inexact(plan.halves, post_norm, deepest, _dtype(model), self.allow_inexact, warn=not is_planning())
+            refuse_inexact(plan.halves, post_norm, deepest, _dtype(model), self.allow_inexact, warn=_is_real(model))
         needs_mlp = self.adapter_dim is not None or self.variant == "meft3" or self.merge == "concat"
         mlps = [(name, mlp_of(model, name)) for name in names] if needs_mlp else []
         self._look(model, plan, spans, mlps, post_norm)
@@ -235,11 +235,16 @@ class Reversible(Transform):
 
     def _look(self, model: nn.Module, plan: Plan, spans, mlps: list[tuple[str, Mlp]], post_norm: bool) -> None:
         """Run the model once, where it has weights, and settle what depends on them."""
-        if is_planning() or not all(hfmodel.has_values(p) for p in model.parameters()):
+        if not _is_real(model):
             return
         check = check_cut(model, mlps, post_norm) if self.variant == "meft3" else None
-        findings = probe(model, spans, check)
-        if findings is None or not self.exact:
+        try:
+            findings = probe(model, spans, check)
+        except UntriedError:
+            if self.variant == "meft3" or (self.exact and self.bits is None):
+                raise
+            return
+        if not self.exact:
             return
         if self.bits is None:
             plan.bits = self._bits(plan, findings.largest, post_norm, max(map(len, spans)))
@@ -306,6 +311,11 @@ def _has_final_norm(model: nn.Module, block: str) -> bool:
         if not parts or parts == inside:
             return False
         parts = parts[:-1]
+
+
+def _is_real(model: nn.Module) -> bool:
+    """Whether the model has weights, and not only their shapes."""
+    return not is_planning() and all(hfmodel.has_values(p) for p in model.parameters())
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -65,7 +65,7 @@ def mlp_of(model: nn.Module, name: str) -> Mlp:
     linears = [
         (key.removesuffix(".base_layer"), *_sizes(module))
         for key, module in hfmodel.stock_modules(model.get_submodule(name))
-        if hfmodel.is_linear(module)
+        if hfmodel.is_linear(module) and "att" not in key.lower()
     ]
     if linears:
         down, inner, width = linears[-1]
@@ -75,8 +75,8 @@ def mlp_of(model: nn.Module, name: str) -> Mlp:
         if near:
             return Mlp(near[0], down, width)
     raise UnsupportedModelError(
-        f"Reversible(adapter_dim=...): block {name} has no MLP of two linear layers for an adapter to stand beside; "
-        f"leave adapter_dim out, and train Lora or the whole model"
+        f"Reversible: block {name} has no MLP of two linear layers, which adapter_dim=..., merge='concat' and "
+        f"variant='meft3' go by; leave these out"
     )
 
 

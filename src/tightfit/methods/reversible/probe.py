@@ -11,13 +11,17 @@ import torch
 from torch import nn
 
 from tightfit.core import hfmodel
-from tightfit.core.errors import StateError, UnsupportedModelError
+from tightfit.core.errors import SimulationError, StateError, TightfitError, UnsupportedModelError
 from tightfit.core.simulate.batches import example_batch
 from tightfit.methods.reversible.replay import Replay
 
 ROWS, TOKENS = 2, 12
 
 Check = Callable[[str, nn.Module, Any, tuple, dict, Any], None]
+
+
+class UntriedError(UnsupportedModelError):
+    """The model could not be run on an example."""
 
 
 @dataclasses.dataclass
@@ -33,21 +37,22 @@ class Findings:
     unstable: list[str] = dataclasses.field(default_factory=list)
 
 
-def probe(model: nn.Module, stacks: Sequence[Sequence[str]], check: Check | None = None) -> Findings | None:
-    """Run the model once on an example batch, every block twice; None where no batch is known for it.
+def probe(model: nn.Module, stacks: Sequence[Sequence[str]], check: Check | None = None) -> Findings:
+    """Run the model once on an example batch, every block twice.
 
     Args:
         stacks: names of the blocks, in the order in which they are called.
         check: called with (name, block, states, other arguments, keyword arguments, output) of every block.
 
     Raises:
+        UntriedError: no batch is known for the model, or it does not run on the one that is.
         UnsupportedModelError: a block changes the shape of the states, or the model changes them between two blocks.
         StateError: the states are not finite.
     """
     try:
         batch = example_batch(model, ROWS, TOKENS)
-    except Exception:  # whatever a foreign config lacks
-        return None
+    except (SimulationError, AttributeError) as error:
+        raise _untried(model, error) from error
     device = next(model.parameters()).device
     call: dict[str, Any] = {key: value.to(device) for key, value in batch.items()}
     if getattr(getattr(model, "config", None), "use_cache", None):
@@ -59,8 +64,20 @@ def probe(model: nn.Module, stacks: Sequence[Sequence[str]], check: Check | None
         stack.enter_context(torch.no_grad())
         for blocks in stacks:
             stack.enter_context(_watched(model, blocks, findings, check))
-        model(**call)
+        try:
+            model(**call)
+        except TightfitError:
+            raise
+        except Exception as error:  # the model wants something else than the example
+            raise _untried(model, error) from error
     return findings
+
+
+def _untried(model: nn.Module, error: Exception) -> UntriedError:
+    return UntriedError(
+        f"Reversible: {type(model).__name__} could not be tried on an example batch before it is changed "
+        f"({type(error).__name__}: {error}); give the bits behind the point yourself, such as Reversible(bits=20)"
+    )
 
 
 @contextlib.contextmanager

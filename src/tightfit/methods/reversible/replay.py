@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tightfit.ops.recompute import random_state, set_random_state
@@ -71,6 +71,23 @@ class Extras:
         return tree_unflatten(leaves, self.spec)
 
 
+def drops(module: nn.Module) -> bool:
+    """Whether anything in a module drops at random now, going by its settings."""
+    for part in module.modules():
+        if not part.training:
+            continue
+        rates = [value for key, value in vars(part).items() if "drop" in key and isinstance(value, float)]
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            rates.append(part.p)
+        if any(rate > 0 for rate in rates):
+            return True
+    return False
+
+
+def _moved(kind: str, state: Tensor) -> bool:
+    return not torch.equal(state, random_state(kind))
+
+
 class Replay:
     """Random and autocast state as they are now.
 
@@ -88,6 +105,16 @@ class Replay:
         ]
         self.cache = torch.is_autocast_cache_enabled()
         self.random = {kind: random_state(kind) for kind in self.kinds} if random else {}
+
+    def settle(self, draws: bool, real: bool) -> None:
+        """The run is over: let go of the random state where no number was drawn.
+
+        Args:
+            draws: numbers are drawn, going by the settings.
+            real: the run drew where it draws; a simulated one does not.
+        """
+        if not draws and not (real and any(_moved(kind, state) for kind, state in self.random.items())):
+            self.random = {}
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:

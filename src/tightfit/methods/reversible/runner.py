@@ -149,13 +149,13 @@ class Runner(StackRunner):
         # the last one of "meft1" has no adapter on the lagging stream where nobody would read that
         halves = tuple(half for half in halves if half.part != "lagged" or LAGGED in block._modules)
         tape.enter(hidden, name)
-        random = any(module.training for module in block.modules())
+        draws = torch.is_grad_enabled() and replay.drops(block)
         keep = name in self.plan.kept or (not self.plan.exact and self._is_anchor(index))
         rest = None
         for number, half in enumerate(halves):
             part = _part(half, block, forward, args, kwargs)
             final = last and number == len(halves) - 1
-            found = tape.run(half, part, name, random=random, last=final, keep=keep and number == 0)
+            found = tape.run(half, part, name, draws=draws, last=final, keep=keep and number == 0)
             rest = found if found is not None else rest
         out = tape.leave()
         if last:

@@ -64,7 +64,7 @@ class Tape:
         """The forward is over: what backward needs is kept by the graph."""
         self.streams, self.edges = None, []
 
-    def run(self, half: Half, part: Part, name: str, *, random: bool, last: bool, keep: bool) -> Any:
+    def run(self, half: Half, part: Part, name: str, *, draws: bool, last: bool, keep: bool) -> Any:
         """Take the half step; returns the part's further outputs."""
         assert self.streams is not None
         given = part.take_tensors()
@@ -73,8 +73,9 @@ class Tape:
         step = _Step(self, half, part, name, self.ended, last, keep)
         wanted = any(t.requires_grad for t in (old, read, *part.parameters, *given))
         if torch.is_grad_enabled() and wanted:
-            step.replay = Replay(read.device.type, random)
+            step.replay = Replay(read.device.type, random=True)
             value, *made = _Reverse.apply(step, old, read, *part.parameters, *given)
+            step.replay.settle(draws, has_values(read))
         else:
             value, made = step.first(self._x(half, read), given)
         self.edges = list(half.after(read, value))
