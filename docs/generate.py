@@ -319,6 +319,40 @@ def velora_operator_times(result: dict[str, Any]) -> str:
     return table(["model", "recipe", "step time / Lora (of the fastest steps)"], rows) + "\n" + footer(result)
 
 
+def token_tune(result: dict[str, Any]) -> str:
+    stock = {row["model"]: row for row in result["rows"] if row.get("recipe") == "stock" and "model" in row}
+    rows = []
+    for row in (r for r in result["rows"] if "model" in r):
+        base = stock[row["model"]]
+        cells = [f"{mib(row[key])} ({row[key] / base[key]:.3f})" for key in ("saved_bytes", "peak_bytes")]
+        rows.append([row["model"], row["recipe"], *cells])
+    header = [
+        "model",
+        "recipe",
+        "saved for backward, MiB (of stock)",
+        "peak above weights and optimizer, MiB (of stock)",
+    ]
+    return table(header, rows) + "\n" + footer(result)
+
+
+def token_tune_times(result: dict[str, Any]) -> str:
+    rows = [
+        [row["timed_model"], row["recipe"], f"{row['measured']:.2f} ({row['measured_least']:.2f})"]
+        for row in result["rows"]
+        if "timed_model" in row
+    ]
+    return table(["model", "recipe", "step time / stock (of the fastest steps)"], rows) + "\n" + footer(result)
+
+
+def token_tune_language(result: dict[str, Any]) -> str:
+    rows = []
+    for recipe in dict.fromkeys(row["recipe"] for row in result["rows"]):
+        own = [row for row in result["rows"] if row["recipe"] == recipe]
+        steps, seconds = (statistics.fmean(row[key] for row in own) for key in ("steps", "cpu_seconds"))
+        rows.append([recipe, f"{steps:.0f}", f"{seconds:.0f}", spread([row["loss"] for row in own])])
+    return table(["recipe", "steps", "CPU seconds", "held-out loss (range over seeds)"], rows) + "\n" + footer(result)
+
+
 def phase_errors(row: dict[str, Any]) -> dict[str, float]:
     """Signed relative error of the highest level of each phase."""
     return {p: row["predicted_phases"][p] / level - 1 for p, level in row["measured_phases"].items()}
@@ -350,6 +384,10 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "planning_cost": planning_cost,
     "recommend": recommend,
     "step_time": step_time,
+    "token_tune": token_tune,
+    "token_tune.times": token_tune_times,
+    "token_tune_language": token_tune_language,
+    "token_tune_quality": quality,
     "velora_operator": velora_operator,
     "velora_operator.layers": velora_operator_layers,
     "velora_operator.times": velora_operator_times,
