@@ -56,8 +56,8 @@ def _meft1(model):
 ENCODERS = frozenset({"bert"})
 
 
-def _tokens(name, *, exact=False, **fields):
-    return Row(name, lambda model: TokenTune(**fields), exact=exact, deterministic=exact, families=("bert", "llama"))
+def _tokens(name, **fields):
+    return Row(name, lambda model: TokenTune(**fields), exact=False, deterministic=False, families=("bert", "llama"))
 
 
 ROWS = [
@@ -82,7 +82,6 @@ ROWS = [
     Row("reversible-meft1", _meft1, keeps_names=False, exact=False, exports=False),
     Row("velora", lambda model: Velora(groups=8), exact=False),
     _tokens("token-tune", ratio=0.5),
-    _tokens("token-tune-all", exact=True, ratio=1.0),
     _tokens("token-tune-count", count=4, policy="labelled", normalise="all"),
     _tokens("token-tune-block", ratio=0.4, policy="block", schedule="block"),
 ]

@@ -226,7 +226,7 @@ def test_generation_is_unaffected(name):
         assert torch.equal(model.generate(ids, **options), expected)
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)])
 @some("bert-class", "llama", "gpt2")
 def test_adapters(name, dora):
     model = build(name)

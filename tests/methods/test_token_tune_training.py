@@ -80,19 +80,18 @@ def test_the_trainers_count_of_all_targets_does_not_shrink_the_gradient():
     torch.testing.assert_close(half, alone / 2)
 
 
-@pytest.mark.parametrize("normalise", ["selected", "all"])
-def test_all_is_the_mean_over_all_targets_on_average(normalise):
+def test_all_is_the_mean_over_all_targets_on_average():
     model = small("llama")
     inputs = cases.batch(model, "right")
     with torch.no_grad():
         full = float(model(**inputs).loss)
     found = []
-    with tightfit.apply(model, TokenTune(ratio=0.5, normalise=normalise)):
-        for _ in range(150):
+    with tightfit.apply(model, TokenTune(ratio=0.5, normalise="all")):
+        for _ in range(80):
             found.append(float(model(**inputs).loss.detach()))
     found = torch.tensor(found)
     error = (found.mean() - full).abs() / (found.std() / len(found) ** 0.5)
-    assert (error < 4) or normalise == "selected"
+    assert error < 4
     assert found.std() > 1e-3
 
 
