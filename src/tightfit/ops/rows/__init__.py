@@ -3,7 +3,7 @@
 from tightfit.ops.rows.codec import Rows
 from tightfit.ops.rows.scores import Cached, Running, Scores, sample_index
 from tightfit.ops.rows.torch import MODES, Sample, kept_rows, row_norms, sample_rows, weight_grad
-from tightfit.ops.rows.valid import FLOOR, attention_masks, row_factor
+from tightfit.ops.rows.valid import FLOOR, attention_masks, masked_rows, row_factor
 
 __all__ = [
     "FLOOR",
@@ -15,6 +15,7 @@ __all__ = [
     "Scores",
     "attention_masks",
     "kept_rows",
+    "masked_rows",
     "row_factor",
     "row_norms",
     "sample_index",

@@ -53,3 +53,17 @@ def _seen(mask: Tensor) -> Tensor:
     seen = torch.where(seen.bool(), 1.0, FLOOR)
     setattr(mask, _ATTRIBUTE, (mask._version, seen))
     return seen
+
+
+def masked_rows(count: int) -> Tensor | None:
+    """(count,) of 1 for the rows of a flattened batch that some query may look at, FLOOR for the others.
+
+    None where no mask of that size is known.
+
+    Example:
+        >>> with attention_masks(torch.tensor([[1, 1, 0]])):
+        ...     masked_rows(3)
+        tensor([1.0000, 1.0000, 0.0010])
+    """
+    found = next((seen for seen in _masks.get() if seen.numel() == count), None)
+    return None if found is None else found.reshape(-1)
