@@ -353,6 +353,59 @@ def token_tune_language(result: dict[str, Any]) -> str:
     return table(["recipe", "steps", "CPU seconds", "held-out loss (range over seeds)"], rows) + "\n" + footer(result)
 
 
+def reversible(result: dict[str, Any]) -> str:
+    rows = []
+    peaks = [row for row in result["rows"] if "blocks" in row]
+    base = {row["blocks"]: row for row in peaks if row["recipe"] == "Lora + Checkpointing"}
+    for row in peaks:
+        ratio = row["peak_bytes"] / base[row["blocks"]]["peak_bytes"]
+        cells = [mib(row[key]) for key in ("saved_bytes", "planned_peak_bytes", "peak_bytes")]
+        rows.append([str(row["blocks"]), row["recipe"], *cells, f"{ratio:.2f}"])
+    header = ["blocks", "recipe", "saved, MiB", "planned peak", "measured peak, MiB", "of Lora + Checkpointing"]
+    return table(header, rows) + "\n" + footer(result)
+
+
+def reversible_times(result: dict[str, Any]) -> str:
+    rows = [
+        [row["recipe"], row["against"], f"{row['measured']:.2f} ({row['measured_least']:.2f})"]
+        for row in result["rows"]
+        if "against" in row
+    ]
+    return table(["recipe", "against", "step time (of the fastest steps)"], rows) + "\n" + footer(result)
+
+
+def reversible_start(result: dict[str, Any]) -> str:
+    found = {(row["start"], row["recipe"]): row for row in result["rows"] if "start" in row}
+    rows = []
+    for recipe in dict.fromkeys(recipe for _, recipe in found):
+        language, sentences = (found.get((model, recipe), {}) for model in ("stories260k", "MiniLM"))
+        cells = [language.get("divergence"), language.get("loss"), sentences.get("divergence")]
+        rows.append([recipe, *("-" if cell is None else f"{cell:.4f}" for cell in cells)])
+    header = ["recipe", "Llama: KL to stock per token", "Llama: loss", "MiniLM: 1 - cosine to stock"]
+    return table(header, rows) + "\n" + footer(result)
+
+
+def reversible_quality(result: dict[str, Any]) -> str:
+    own = [row for row in result["rows"] if "plain_loss" in row]
+    rows = []
+    for recipe in dict.fromkeys(row["recipe"] for row in own):
+        found = [row for row in own if row["recipe"] == recipe]
+        plain = [row["plain_loss"] for row in found if row["plain_loss"] is not None]
+        rows.append([recipe, spread([row["loss"] for row in found]), spread(plain) if plain else "-"])
+    header = ["recipe", "held-out loss (range over seeds)", "the same of the exported plain model"]
+    return table(header, rows) + "\n" + footer(result)
+
+
+def reversible_tasks(result: dict[str, Any]) -> str:
+    own = [row for row in result["rows"] if "task" in row]
+    tasks = {row["task"]: row["metric"] for row in own}
+    rows = []
+    for recipe in dict.fromkeys(row["recipe"] for row in own):
+        values = [[r["value"] for r in own if (r["task"], r["recipe"]) == (task, recipe)] for task in tasks]
+        rows.append([recipe, *(spread(found) if found else "-" for found in values)])
+    return table(["recipe", *(f"{task}, {metric}" for task, metric in tasks.items())], rows) + "\n" + footer(result)
+
+
 def phase_errors(row: dict[str, Any]) -> dict[str, float]:
     """Signed relative error of the highest level of each phase."""
     return {p: row["predicted_phases"][p] / level - 1 for p, level in row["measured_phases"].items()}
@@ -383,6 +436,11 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "extrapolation": extrapolation,
     "planning_cost": planning_cost,
     "recommend": recommend,
+    "reversible": reversible,
+    "reversible.times": reversible_times,
+    "reversible_quality": reversible_quality,
+    "reversible_quality.start": reversible_start,
+    "reversible_quality.tasks": reversible_tasks,
     "step_time": step_time,
     "token_tune": token_tune,
     "token_tune.times": token_tune_times,

@@ -221,7 +221,7 @@ def test_two_step_in_floating_point():
 def test_streams_are_float32_at_least():
     hidden = torch.randn(1, 2, 4)
     for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
-        assert Tape(Floating(), hidden.to(dtype)).streams[0].dtype == wide
+        assert Tape(Floating(), (), hidden.to(dtype)).streams[0].dtype == wide
 
 
 def test_lora_trains_inside():

@@ -463,6 +463,14 @@ def test_partly_frozen_models():
         close(gradients(model, batch)[1], gradients(slow, batch)[1], 1e-5)
 
 
+def test_inference_mode():
+    model = reversed_model("llama")
+    batch = models.batch(model)
+    wanted = logits(model, batch)
+    with torch.inference_mode():
+        assert torch.equal(model.eval()(**batch).logits, wanted)
+
+
 def test_evaluation_with_gradients():
     model, slow = models.build("bert").eval(), models.build("bert").eval()
     applied = tightfit.apply(model, Reversible())

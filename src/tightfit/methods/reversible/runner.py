@@ -132,22 +132,22 @@ class Runner(StackRunner):
 
     def open(self, hidden: Any) -> Tape | None:
         plan = self.plan
-        if plan.now() is None:
+        halves = plan.now()
+        if halves is None:
             return None
         numbers = Fixed(plan.bits) if plan.exact else Floating()
         if not plan.exact and torch.is_grad_enabled() and not plan.annealing:
             check_span(plan.halves, plan.post_norm, plan.anchors or len(self.names), hidden, plan.allow_inexact)
-        return Tape(numbers, hidden, plan.debug)
+        return Tape(numbers, halves, hidden, plan.debug)
 
     def block(self, tape: Tape | None, index: int, last: bool, forward, hidden, args: tuple, kwargs: dict) -> Any:
-        halves = self.plan.now()
-        if tape is None or halves is None:
+        if tape is None:
             if not torch.is_grad_enabled():
                 return forward(hidden, *args, **kwargs)
             return checkpoint(forward, hidden, *args, use_reentrant=False, **kwargs)
         block, name = block_of(forward), self.names[index]
         # the last one of "meft1" has no adapter on the lagging stream where nobody would read that
-        halves = tuple(half for half in halves if half.part != "lagged" or LAGGED in block._modules)
+        halves = tuple(half for half in tape.halves if half.part != "lagged" or LAGGED in block._modules)
         tape.enter(hidden, name)
         draws = torch.is_grad_enabled() and replay.drops(block)
         keep = name in self.plan.kept or (not self.plan.exact and self._is_anchor(index))

@@ -28,15 +28,16 @@ class Tape:
 
     Attributes:
         numbers: what the streams are made of.
+        halves: the half steps of a block.
         edges: the streams as the tensors that autograd knows, while the forward runs.
     """
 
-    def __init__(self, numbers: Numbers, hidden: Tensor, debug: bool = False):
-        self.numbers, self.debug = numbers, debug
+    def __init__(self, numbers: Numbers, halves: tuple[Half, ...], hidden: Tensor, debug: bool = False):
+        self.numbers, self.halves, self.debug = numbers, halves, debug
         opened = numbers.open(hidden)
         self.streams: Streams | None = (opened, opened)
         self.edges: list[Tensor] = [hidden, hidden]
-        self.begun = self.ended = 0
+        self.steps = 0
         self.nodes: dict[int, weakref.ref] = {}
         self.reached: tuple[int, Streams] | None = None
         self._seen: tuple | None = None
@@ -69,8 +70,8 @@ class Tape:
         assert self.streams is not None
         given = part.take_tensors()
         old, read = self.edges[1 - half.reads], self.edges[half.reads]
-        self.ended += 1
-        step = _Step(self, half, part, name, self.ended, last, keep)
+        self.steps += 1
+        step = _Step(self, half, part, name, self.steps, last, keep)
         wanted = any(t.requires_grad for t in (old, read, *part.parameters, *given))
         if torch.is_grad_enabled() and wanted:
             step.replay = Replay(read.device.type, random=True)
@@ -100,7 +101,8 @@ class Tape:
 
 
 def _look(tensor: Tensor) -> tuple:
-    return storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor._version
+    version = 0 if tensor.is_inference() else tensor._version
+    return storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), version
 
 
 class _Step:
