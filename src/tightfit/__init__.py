@@ -27,6 +27,7 @@ from tightfit.core.transform import Slot, Transform
 from tightfit.methods import (
     Checkpointing,
     FusedOps,
+    LadderSide,
     Lora,
     Mesa,
     PartialEmbedding,
@@ -46,6 +47,7 @@ __all__ = [
     "ConflictError",
     "DataError",
     "FusedOps",
+    "LadderSide",
     "Lora",
     "Measurement",
     "Mesa",

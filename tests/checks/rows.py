@@ -9,7 +9,18 @@ from typing import Any
 import models
 from checks.transforms import CountCalls, HalfTable, OwnLinear, SwapTokens, Tape
 
-from tightfit import Checkpointing, FusedOps, Lora, Mesa, PartialEmbedding, Reversible, TokenTune, Velora, WtaCrs
+from tightfit import (
+    Checkpointing,
+    FusedOps,
+    LadderSide,
+    Lora,
+    Mesa,
+    PartialEmbedding,
+    Reversible,
+    TokenTune,
+    Velora,
+    WtaCrs,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +64,10 @@ def _meft1(model):
     return Reversible(variant="meft1", adapter_dim=4, merge="mean")
 
 
+def _side(name, make):
+    return Row(name, make, keeps_names=False, exact=False, exports=False)
+
+
 ENCODERS = frozenset({"bert"})
 
 
@@ -80,6 +95,8 @@ ROWS = [
     Row("mesa-attention", lambda model: Mesa(attention=True, bits=4), exact=False, recomputes_equal=False),
     Row("reversible", lambda model: Reversible(), exact=False, merges_equal=False),
     Row("reversible-meft1", _meft1, keeps_names=False, exact=False, exports=False),
+    _side("ladder-side", lambda model: LadderSide()),
+    _side("ladder-side-published", lambda model: LadderSide(reduction=4, projection="linear", merge="side")),
     Row("velora", lambda model: Velora(groups=8), exact=False),
     _tokens("token-tune", ratio=0.5),
     _tokens("token-tune-count", count=4, policy="labelled", normalise="all"),

@@ -8,6 +8,7 @@ from tightfit.methods.lora import Lora
 from tightfit.methods.mesa import Mesa
 from tightfit.methods.partial_embedding import PartialEmbedding
 from tightfit.methods.reversible import Reversible
+from tightfit.methods.side import LadderSide
 from tightfit.methods.token_tune import TokenTune
 from tightfit.methods.velora import Velora
 from tightfit.methods.wta_crs import WtaCrs
@@ -15,6 +16,7 @@ from tightfit.methods.wta_crs import WtaCrs
 __all__ = [
     "Checkpointing",
     "FusedOps",
+    "LadderSide",
     "Lora",
     "Mesa",
     "PartialEmbedding",

@@ -104,7 +104,10 @@ class Lora(Transform):
             if self.config is None
             else str(self.config["peft_type"])
         )
-        yield AdapterEdit(targets=tuple(targets), config=self._peft_config(model, targets), head=head, note=note)
+        config = self._peft_config(model, targets)
+        # a peft config chooses its layers itself, so any in the blocks may be among them
+        may = tuple(targets or hfmodel.block_linears(model))
+        yield AdapterEdit(targets=tuple(targets), may_touch=may, config=config, head=head, note=note)
 
     def _targets(self, model: nn.Module) -> list[str]:
         if self.config is not None:
@@ -184,6 +187,7 @@ class AdapterEdit(Edit):
 
     slot: Slot = Slot.NEW_PARAMETERS
     targets: tuple[str, ...]
+    may_touch: tuple[str, ...]
     config: Any
     head: tuple[str, ...]
 
@@ -192,7 +196,7 @@ class AdapterEdit(Edit):
         return f"{len(self.targets)} linear layers" if self.targets else "as its config says"
 
     def claims(self) -> frozenset[Claim]:
-        return frozenset((self.slot, name) for name in self.targets) or super().claims()
+        return frozenset((self.slot, name) for name in self.may_touch) or super().claims()
 
     def run(self, model: nn.Module) -> Handle:
         return _AdapterHandle(model, self)

@@ -1,0 +1,240 @@
+"""The frozen backbone under a side net: no graph, no dropout, no KV cache in training; what leaves with it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tightfit.core import hfmodel
+from tightfit.core.edits import CallEdit, Claim, Edit, Handle, ModuleEdit, StackEdit, TrainableEdit
+from tightfit.core.errors import StateError, shorten
+from tightfit.core.tight import state_of
+from tightfit.core.transform import Slot
+from tightfit.methods.side.net import Place
+
+SIDE = "tight_side"
+"""Name of the modules that are added."""
+
+
+def frozen_names(model: nn.Module) -> Iterator[str]:
+    """Names of the stock parameters that do not train: all but a task head's."""
+    head = set(hfmodel.head_parameters(model))
+    return (name for name, _ in model.named_parameters() if name not in head)
+
+
+def frozen_edits(model: nn.Module, method: str, *, dropout: bool) -> Iterator[Edit]:
+    """Freeze the backbone, and let it run as in evaluation mode while the rest trains."""
+    yield TrainableEdit(parameters=tuple(frozen_names(model)), trainable=False)
+    yield CallEdit(
+        slot=Slot.BLOCKS,
+        where="backbone",
+        mixin=FrozenBackbone,
+        state=lambda module: {"method": method, "dropout": dropout},
+        note="frozen" if dropout else "frozen, without dropout",
+    )
+    yield LeavingEdit(method=method)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class FrozenStackEdit(StackEdit):
+    """A stack that runs without a graph, so that adapters inside of it could never train."""
+
+    inside: tuple[str, ...]
+
+    def claims(self) -> frozenset[Claim]:
+        return super().claims() | frozenset((Slot.NEW_PARAMETERS, name) for name in self.inside)
+
+
+def inside(model: nn.Module, blocks: tuple[str, ...]) -> tuple[str, ...]:
+    """The linear layers in these blocks."""
+    prefixes = tuple(f"{block}." for block in blocks)
+    return tuple(name for name in hfmodel.block_linears(model) if name.startswith(prefixes))
+
+
+class FrozenBackbone:
+    """Runs the backbone in evaluation mode, its side nets left out, and without a KV cache in training."""
+
+    def __call__(self, *args, **kwargs):
+        own = state_of(self, FrozenBackbone)  # type: ignore[arg-type]
+        if not self.training:  # type: ignore[attr-defined]
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if torch.is_grad_enabled():
+            _refuse_trained(self, own["method"])
+            kwargs = _without_cache(self, kwargs, own["method"])
+        with contextlib.nullcontext() if own["dropout"] else evaluating(self):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def evaluating(backbone: Any) -> Iterator[None]:
+    """Everything in the backbone but the module itself and side nets is in evaluation mode."""
+    switched = [module for module in _stock_inside(backbone) if module.training]
+    for module in switched:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.training = True
+
+
+def _stock_inside(module: nn.Module) -> Iterator[nn.Module]:
+    for name, child in module._modules.items():
+        if child is not None and name != SIDE:
+            yield child
+            yield from _stock_inside(child)
+
+
+def _refuse_trained(backbone: Any, method: str) -> None:
+    trained = [n for n, p in backbone.named_parameters() if p.requires_grad and SIDE not in n.split(".")]
+    if trained:
+        raise ValueError(
+            f"{method}: the backbone runs without a graph, so {shorten(trained, 5)} would never get a gradient; set "
+            f"requires_grad to False there, or leave out what trains them"
+        )
+
+
+def _without_cache(backbone: Any, kwargs: dict[str, Any], method: str) -> dict[str, Any]:
+    cache = kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        raise StateError(
+            f"{method}: the model was called in training with a filled {type(cache).__name__} (prefix tuning fills "
+            f"it); leave out what fills it"
+        )
+    if kwargs.get("use_cache"):
+        warnings.warn(f"{method}: use_cache=True is ignored while training", UserWarning, stacklevel=4)
+    plain = dict(kwargs)
+    if cache is not None:
+        plain["past_key_values"] = None
+    if "use_cache" in inspect.signature(type(backbone).forward).parameters or "use_cache" in kwargs:
+        plain["use_cache"] = False
+    return plain
+
+
+def first_tensor(out: Any) -> Tensor:
+    """The states among what a block returns."""
+    return out if torch.is_tensor(out) else out[0]
+
+
+def with_first(out: Any, states: Tensor) -> Any:
+    """The same with other states."""
+    return states if torch.is_tensor(out) else (states, *out[1:])
+
+
+# -- what leaves ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class LeavingEdit(Edit):
+    """Says that a stock checkpoint cannot hold what was trained."""
+
+    slot: Slot = Slot.BLOCKS
+    method: str
+
+    @property
+    def target(self) -> str:
+        return "(export)"
+
+    def run(self, model: nn.Module) -> Handle:
+        return _LeavingHandle(self.method)
+
+
+class _LeavingHandle(Handle):
+    def __init__(self, method: str):
+        self.method = method
+
+    def undo(self, model: nn.Module) -> None:
+        pass
+
+    def before_merge(self, model: nn.Module, verb: str) -> None:
+        raise StateError(
+            f"{verb}(): what {self.method} trained stands beside the blocks and has no place in a stock "
+            f"{type(model).__name__}; save() it, and load() it on the same base"
+        )
+
+
+# -- from an encoder to a decoder -------------------------------------------------------------------------------------
+
+
+class Link:
+    """What the encoder's side gives to the decoder's, during one forward of the encoder."""
+
+    def __init__(self) -> None:
+        self.given: Tensor | None = None
+
+
+class Widened:
+    """An encoder whose output carries the side's beside its own: (batch, tokens, width + side width).
+
+    Decoder stacks of the same recipe take it apart again. So it goes wherever the encoder's output goes: through beam
+    search, through a caller that keeps it.
+    """
+
+    def __call__(self, *args, **kwargs):
+        link = state_of(self, Widened)["link"]  # type: ignore[arg-type]
+        out = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        given, link.given = link.given, None
+        if given is None:
+            return out
+        plain = out[0]
+        wide = torch.cat([plain, given.to(plain.dtype)], dim=-1)
+        if isinstance(out, tuple):
+            return (wide, *out[1:])
+        out["last_hidden_state"] = wide
+        return out
+
+
+class Narrowed:
+    """The whole model, whose own outputs show the encoder's states as they are."""
+
+    def __call__(self, *args, **kwargs):
+        out = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        wide = getattr(out, "encoder_last_hidden_state", None)
+        if wide is not None:
+            out["encoder_last_hidden_state"] = wide[..., : state_of(self, Narrowed)["width"]]  # type: ignore[arg-type]
+        return out
+
+
+def link_edits(method: str, link: Link, encoder: Place) -> Iterator[Edit]:
+    """Edits that let an encoder's output carry the side's."""
+    yield ModuleEdit(
+        slot=Slot.BLOCKS, module=encoder.owner, mixin=Widened, state=lambda module: {"link": link}, note="side output"
+    )
+    yield CallEdit(
+        slot=Slot.BLOCKS, where="model", mixin=Narrowed, state=lambda module: {"width": encoder.width}, note="outputs"
+    )
+
+
+class Split:
+    """Takes a widened encoder output apart, once for each forward.
+
+    Raises:
+        StateError: the encoder's output does not carry the side's.
+    """
+
+    def __init__(self, width: int, side: int, method: str):
+        self.width, self.side, self.method = width, side, method
+        self.seen: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __call__(self, value: Any) -> tuple[Tensor, Tensor] | None:
+        """(the encoder's states, the side's) if `value` is the widened output, else None."""
+        if not torch.is_tensor(value) or value.dim() != 3 or not value.is_floating_point():
+            return None
+        if self.seen is None or self.seen[0] is not value:
+            if value.shape[-1] == self.width:
+                raise StateError(
+                    f"{self.method}: the decoder was given encoder outputs of width {self.width}, without what the "
+                    f"side net makes; get them from the encoder of this model while the recipe is applied"
+                )
+            if value.shape[-1] != self.width + self.side:
+                return None
+            plain, side = value.split([self.width, self.side], dim=-1)
+            self.seen = (value, plain.detach().contiguous(), side.contiguous())
+        return self.seen[1:]

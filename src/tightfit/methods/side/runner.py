@@ -1,0 +1,173 @@
+"""The runner of a stack with a ladder beside it, one tape for each forward."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tightfit.core.edits import StackRunner
+from tightfit.core.errors import StateError
+from tightfit.core.stack import block_of
+from tightfit.methods.side.frozen import Link, Split, first_tensor, with_first
+from tightfit.methods.side.net import SideNet
+
+METHOD = "LadderSide"
+
+
+class Tape:
+    """The side state of one forward, and what the blocks gave beside the states (T5's position tables)."""
+
+    def __init__(self, state: Tensor, split: Split | None):
+        self.state, self.split = state, split
+        self.theirs: tuple = ()
+        self.ours: tuple = ()
+        self.opened = False
+
+
+class LadderRunner(StackRunner):
+    """Runs the blocks without a graph; each rung's output goes to its side block at once and is not kept."""
+
+    def __init__(self, side: SideNet, link: Link | None, encoder: bool):
+        self.side, self.link, self.encoder = side, link, encoder
+
+    def open(self, hidden: Any) -> Tape:
+        split = None
+        if self.link is not None and not self.encoder:
+            split = Split(self.side.width, self.side.side_width, METHOD)
+        return Tape(self.side.start(hidden.detach()), split)
+
+    def block(self, tape: Tape, index: int, last: bool, forward, hidden, args: tuple, kwargs: dict) -> Any:
+        side = self.side
+        if not tape.opened:
+            tape.opened = True
+            for cache in _caches((*args, *kwargs.values())):
+                extend(cache, len(side.gates), side.rungs)
+        # taken apart here, where gradients are on: the side's half needs them
+        plain, named = _plain(tape, args), dict(zip(kwargs, _plain(tape, kwargs.values())))
+        with torch.no_grad():
+            out = forward(hidden, *plain, **named)
+        states = first_tensor(out)
+        if index in side.rungs:
+            state = side.mixed(tape.state, states, index)
+            block = side.block(index)
+            _same_attention(block, block_of(forward))
+            given = [self._ours(tape, value) for value in args]
+            beside = {key: self._ours(tape, value) for key, value in kwargs.items()}
+            with _uncaptured():
+                made = block(state, *given, **beside)
+            tape.state, tape.ours = first_tensor(made), () if torch.is_tensor(made) else tuple(made[1:])
+        tape.theirs = () if torch.is_tensor(out) else tuple(out[1:])
+        if last:
+            if self.encoder:
+                assert self.link is not None
+                self.link.given = side.norm(tape.state)
+            return with_first(out, side.merged(tape.state, states))
+        return out
+
+    def _ours(self, tape: Tape, value: Any) -> Any:
+        """The side block's form of what the stack's block is called with."""
+        for number, theirs in enumerate(tape.theirs):
+            if value is not None and value is theirs:
+                return tape.ours[number] if tape.ours else None
+        if tape.split is not None and (parts := tape.split(value)) is not None:
+            return parts[1].to(self.side.gates.dtype)
+        if isinstance(value, tuple) and value and all(torch.is_tensor(v) and v.is_floating_point() for v in value):
+            # tables of a rotation: every r-th frequency is the table of heads of 1/r of the width
+            step = self.side.width // self.side.side_width
+            return tuple(v[..., ::step].to(self.side.gates.dtype) for v in value)
+        if torch.is_tensor(value) and value.dim() == 4 and value.is_floating_point():
+            return value.to(self.side.gates.dtype)  # a mask that is added
+        return value
+
+
+def _plain(tape: Tape, values) -> list[Any]:
+    """What the stack's own block is called with: the encoder's states without the side's."""
+    if tape.split is None:
+        return list(values)
+    return [parts[0] if (parts := tape.split(value)) is not None else value for value in values]
+
+
+def _same_attention(side: Any, block: Any) -> None:
+    """Let the side block use the attention implementation that the model uses now."""
+    ours, theirs = _config_of(side), _config_of(block)
+    if ours is not None and theirs is not None and ours._attn_implementation != theirs._attn_implementation:
+        ours._attn_implementation = theirs._attn_implementation
+
+
+def _config_of(block: Any) -> Any:
+    for module in block.modules():
+        config = vars(module).get("config")
+        if hasattr(config, "_attn_implementation"):
+            return config
+    return None
+
+
+# -- caches -----------------------------------------------------------------------------------------------------------
+
+
+def _caches(values) -> Iterator[Any]:
+    """The caches of keys and values among these, those inside an encoder-decoder's too."""
+    for value in values:
+        if any(cls.__name__ == "EncoderDecoderCache" for cls in type(value).__mro__):
+            yield from (value.self_attention_cache, value.cross_attention_cache)
+        elif any(cls.__name__ == "Cache" for cls in type(value).__mro__):
+            yield value
+
+
+def extend(cache: Any, blocks: int, rungs: Sequence[int]) -> None:
+    """Make room for the side blocks' keys and values behind the blocks' own, layers of the same kinds.
+
+    There they follow the rest through beam search, cropping and resets.
+
+    Raises:
+        StateError: the cache was filled without the side net.
+    """
+    layers = cache.layers
+    if len(layers) >= blocks + len(rungs):
+        return
+    if layers and cache.get_seq_length():
+        raise StateError(
+            f"{METHOD}: this {type(cache).__name__} was filled without the side net; start from an empty one"
+        )
+    if getattr(cache, "layer_class_to_replicate", None) is None:
+        own = list(layers)
+        while len(layers) < blocks + len(rungs):
+            kind = rungs[len(layers) - blocks] if len(layers) >= blocks else 0
+            layers.append(_empty(own[min(kind, len(own) - 1)]))
+
+
+def _empty(layer: Any) -> Any:
+    twin = copy.copy(layer)
+    twin.keys = twin.values = None
+    twin.is_initialized = False
+    length = getattr(layer, "cumulative_length", None)
+    if length is not None:
+        twin.cumulative_length = torch.zeros_like(length) if torch.is_tensor(length) else 0
+    return twin
+
+
+@contextlib.contextmanager
+def _uncaptured() -> Iterator[None]:
+    """transformers records states and attentions of every module of a class; the side blocks' are not the model's."""
+    collector = _collector()
+    if collector is None or collector.get() is None:
+        yield
+        return
+    token = collector.set(None)
+    try:
+        yield
+    finally:
+        collector.reset(token)
+
+
+def _collector() -> Any:
+    try:
+        from transformers.utils import output_capturing
+    except ImportError:  # an older transformers, whose blocks return what is asked for
+        return None
+    return getattr(output_capturing, "_active_collector", None)
