@@ -87,7 +87,7 @@ def test_all_is_the_mean_over_all_targets_on_average():
         full = float(model(**inputs).loss)
     found = []
     with tightfit.apply(model, TokenTune(ratio=0.5, normalise="all")):
-        for _ in range(80):
+        for _ in range(40):
             found.append(float(model(**inputs).loss.detach()))
     found = torch.tensor(found)
     error = (found.mean() - full).abs() / (found.std() / len(found) ** 0.5)
@@ -107,6 +107,7 @@ def test_a_classifier_trains_through_the_trainer(tmp_path):
     assert float(merged(**inputs).loss.detach()) == pytest.approx(stock, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_label_smoothing_by_the_trainer(tmp_path):
     """It takes the labels away and wants logits for all tokens: those of unselected ones are constants."""
     model = small("llama")
@@ -168,7 +169,7 @@ def test_bfloat16_weights(name):
     ],
     ids=lambda others: str(chain(*others)),
 )
-@pytest.mark.parametrize("name", ["llama", "bert-class"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("bert-class", marks=pytest.mark.slow)])
 def test_beside_other_methods(name, others):
     model = small(name)
     inputs = cases.batch(model)
@@ -207,7 +208,9 @@ def test_rows_of_one_token_and_rows_of_padding_only():
 
 
 @pytest.mark.parametrize("policy", ["random", "labelled", "suffix", "block", "score", "bernoulli"])
-@pytest.mark.parametrize("name", ["llama", "bert", "llama-class", "vit"])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bert", "llama-class", "vit"))]
+)
 def test_every_policy_trains(name, policy):
     model = small(name)
     inputs = cases.batch(model)
