@@ -3,6 +3,7 @@
 import models
 import pytest
 import torch
+import transformers as hf
 from checks.state import gradients
 from reversible_cases import close, deep, meft1, straight, two_step
 
@@ -113,6 +114,44 @@ def test_gradients_of_every_family(family):
     applied = tightfit.apply(model, Reversible(k=3))
     straight(slow, bits_of(applied), two_step(3))
     batch = models.batch(model)
+    (loss, found), (slow_loss, wanted) = gradients(model, batch), gradients(slow, batch)
+    assert torch.equal(loss, slow_loss)
+    close(found, wanted, 1e-5)
+
+
+SIZE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+TEXT = {**SIZE, "vocab_size": models.VOCABULARY, "max_position_embeddings": 64}
+OTHERS = {
+    "opt": lambda: hf.OPTForCausalLM(
+        hf.OPTConfig(**{k: v for k, v in TEXT.items() if k[0] != "i"}, ffn_dim=64, word_embed_proj_dim=32)
+    ),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**TEXT, num_key_value_heads=1, head_dim=16)),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(**TEXT, num_key_value_heads=1, head_dim=16, sliding_window=4, sliding_window_pattern=2)
+    ),
+    "gpt-neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**TEXT)),
+    "modernbert": lambda: hf.ModernBertForSequenceClassification(
+        hf.ModernBertConfig(**TEXT, global_attn_every_n_layers=2, local_attention=4, pad_token_id=0)
+    ),
+    "distilbert": lambda: hf.DistilBertForSequenceClassification(
+        hf.DistilBertConfig(dim=32, n_layers=4, n_heads=2, hidden_dim=64, vocab_size=models.VOCABULARY)
+    ),
+    "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**SIZE, image_size=16, patch_size=8, num_labels=3)),
+}
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["gemma3", "vit", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS if f not in ("gemma3", "vit"))],
+)
+def test_gradients_of_other_architectures(family):
+    model, slow = (models._seeded(OTHERS[family], 0.1) for _ in range(2))
+    applied = tightfit.apply(model, Reversible(k=3))
+    straight(slow, bits_of(applied), two_step(3))
+    if family == "vit":
+        batch = {"pixel_values": torch.randn(3, 3, 16, 16), "labels": torch.tensor([0, 1, 2])}
+    else:
+        batch = models.batch(model)
     (loss, found), (slow_loss, wanted) = gradients(model, batch), gradients(slow, batch)
     assert torch.equal(loss, slow_loss)
     close(found, wanted, 1e-5)
