@@ -9,6 +9,7 @@ from tightfit.methods.mesa import Mesa
 from tightfit.methods.partial_embedding import PartialEmbedding
 from tightfit.methods.reversible import Reversible
 from tightfit.methods.side import LadderSide
+from tightfit.methods.sparse_adapter import SparseAdapter
 from tightfit.methods.token_tune import TokenTune
 from tightfit.methods.velora import Velora
 from tightfit.methods.wta_crs import WtaCrs
@@ -21,6 +22,7 @@ __all__ = [
     "Mesa",
     "PartialEmbedding",
     "Reversible",
+    "SparseAdapter",
     "TokenTune",
     "Velora",
     "WtaCrs",
