@@ -9,6 +9,7 @@ from reversible_cases import close, deep, meft1, straight, two_step
 
 import tightfit
 from tightfit import Lora, Reversible
+from tightfit.core.errors import UnsupportedModelError
 from tightfit.methods.reversible.streams import Fixed
 
 FAMILIES = ("llama", "bert", "gpt2", "t5", "bart", "gemma2", "roberta")
@@ -155,3 +156,22 @@ def test_gradients_of_other_architectures(family):
     (loss, found), (slow_loss, wanted) = gradients(model, batch), gradients(slow, batch)
     assert torch.equal(loss, slow_loss)
     close(found, wanted, 1e-5)
+
+
+HALVES = ["opt", "qwen3", "gemma3", "modernbert", "distilbert"]
+
+
+@pytest.mark.parametrize("family", [f if f == "opt" else pytest.param(f, marks=pytest.mark.slow) for f in HALVES])
+def test_halves_of_other_architectures(family, recorded):
+    gone, back = recorded
+    model = models._seeded(OTHERS[family], 0.1)
+    applied = tightfit.apply(model, Reversible(variant="meft3", adapter_dim=2, merge="mean"))
+    grads = gradients(model, models.batch(model))[1]
+    assert len(grads) == len(list(applied.parameters()))
+    assert len(back) == 7
+    assert all(torch.equal(a, b) for a, b in zip(gone[1:], reversed(back)))
+
+
+def test_a_block_without_halves_is_refused():
+    with pytest.raises(UnsupportedModelError, match=r"gpt_neox.layers.0 is not its attention followed by its MLP"):
+        tightfit.apply(OTHERS["gpt-neox"](), Reversible(variant="meft3"))

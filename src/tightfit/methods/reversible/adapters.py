@@ -70,7 +70,8 @@ def mlp_of(model: nn.Module, name: str) -> Mlp:
     if linears:
         down, inner, width = linears[-1]
         parent = down.rpartition(".")[0]
-        above = [n for n, a, b in linears[:-1] if (a, b) == (width, inner)]
+        # twice the inner width: a gate and what it gates in one layer
+        above = [n for n, a, b in linears[:-1] if a == width and b in (inner, 2 * inner)]
         near = [n for n in above if n.rpartition(".")[0] == parent] or above
         if near:
             return Mlp(near[0], down, width)

@@ -47,7 +47,7 @@ class Seam:
         try:
             return forward(x, *args, **kwargs)
         except _Stop as stop:
-            return stop.states
+            return stop.states.view_as(x)  # OPT flattens the states for its MLP
         finally:
             self.half, self.before_norm = 0, None
 
