@@ -8,7 +8,7 @@ from tightfit.methods.lora import Lora
 from tightfit.methods.mesa import Mesa
 from tightfit.methods.partial_embedding import PartialEmbedding
 from tightfit.methods.reversible import Reversible
-from tightfit.methods.side import LadderSide
+from tightfit.methods.side import LadderSide, Losa, Sherl
 from tightfit.methods.sparse_adapter import SparseAdapter
 from tightfit.methods.token_tune import TokenTune
 from tightfit.methods.velora import Velora
@@ -19,9 +19,11 @@ __all__ = [
     "FusedOps",
     "LadderSide",
     "Lora",
+    "Losa",
     "Mesa",
     "PartialEmbedding",
     "Reversible",
+    "Sherl",
     "SparseAdapter",
     "TokenTune",
     "Velora",

@@ -6,18 +6,18 @@ import contextlib
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tightfit.core import hfmodel
-from tightfit.core.edits import CallEdit, Claim, Edit, Handle, ModuleEdit, StackEdit, TrainableEdit
+from tightfit.core.edits import CallEdit, Claim, Edit, Handle, ModuleEdit, StackEdit, StackRunner, TrainableEdit
 from tightfit.core.errors import StateError, shorten
 from tightfit.core.tight import state_of
 from tightfit.core.transform import Slot
-from tightfit.methods.side.net import Place
+from tightfit.methods.side.places import Place
 
 SIDE = "tight_side"
 """Name of the modules that are added."""
@@ -56,6 +56,22 @@ def inside(model: nn.Module, blocks: tuple[str, ...]) -> tuple[str, ...]:
     """The linear layers in these blocks."""
     prefixes = tuple(f"{block}." for block in blocks)
     return tuple(name for name in hfmodel.block_linears(model) if name.startswith(prefixes))
+
+
+class _Untouched(StackRunner):
+    """Runs a stack without a graph."""
+
+    def block(self, tape: Any, index: int, last: bool, forward, hidden, args: tuple, kwargs: dict) -> Any:
+        with torch.no_grad():
+            return forward(hidden, *args, **kwargs)
+
+
+def untouched_edits(model: nn.Module, stacks: Sequence[Place]) -> Iterator[Edit]:
+    """Edits of stacks that only run without a graph."""
+    for place in stacks:
+        yield FrozenStackEdit(
+            blocks=place.blocks, inside=inside(model, place.blocks), runner=_Untouched, note="no graph"
+        )
 
 
 class FrozenBackbone:
@@ -238,3 +254,15 @@ class Split:
             plain, side = value.split([self.width, self.side], dim=-1)
             self.seen = (value, plain.detach().contiguous(), side.contiguous())
         return self.seen[1:]
+
+
+def plain_call(split: Split | None, args: tuple, kwargs: dict[str, Any], part: int = 0) -> tuple[list, dict[str, Any]]:
+    """What a block is called with, where the encoder's output is only its own half (part 0) or the side's (part 1).
+
+    To be called where gradients are on: the side's half needs them.
+    """
+
+    def half(value: Any) -> Any:
+        return parts[part] if split is not None and (parts := split(value)) is not None else value
+
+    return [half(value) for value in args], {key: half(value) for key, value in kwargs.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -25,16 +24,15 @@ from tightfit.methods.side.frozen import (
     inside,
     link_edits,
 )
-from tightfit.methods.side.net import (
-    Design,
+from tightfit.methods.side.net import Design, SideNet, build, is_rotary, kept_blocks
+from tightfit.methods.side.places import (
     Place,
-    SideNet,
-    build,
+    check_layers,
+    check_range,
     check_reduction,
     head_dim,
-    is_rotary,
-    kept_blocks,
     places,
+    text_config,
 )
 from tightfit.methods.side.rows import choose, fisher
 from tightfit.methods.side.runner import METHOD, LadderRunner
@@ -172,9 +170,8 @@ class LadderSide(Transform):
             scores = fisher(model, blocks, _examples(batches, samples), _loss)
         finally:
             model.train(was)
-        config: Any = model.config
-        text = config.get_text_config()
-        chosen = choose(blocks, here[0].width, head_dim(text), value.reduction, scores, rotary=is_rotary(model))
+        inner = head_dim(text_config(model))
+        chosen = choose(blocks, here[0].width, inner, value.reduction, scores, rotary=is_rotary(model))
         return dataclasses.replace(value, init="fisher", channels=(chosen.states, *chosen.groups))
 
     def is_exact(self) -> bool:
@@ -267,27 +264,6 @@ def _shares(net: SideNet) -> list[float]:
 
 
 # -- fields -----------------------------------------------------------------------------------------------------------
-
-
-def check_layers(transform: Any, field: str) -> None:
-    """Raise TypeError / ValueError unless the field is None or an ascending tuple of indices."""
-    value = getattr(transform, field)
-    if value is None:
-        return
-    where = f"{type(transform).__name__}({field}=...)"
-    if not isinstance(value, tuple) or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
-        raise TypeError(f"{where}: got {value!r}, accepted is a tuple of indices of blocks, or None")
-    if not value or value[0] < 0 or any(a >= b for a, b in itertools.pairwise(value)):
-        raise ValueError(f"{where}: got {value!r}, accepted are indices from 0 on, at least one, in ascending order")
-
-
-def check_range(transform: Any, field: str, value: tuple[int, ...] | None, blocks: int, model: nn.Module) -> None:
-    """Raise ValueError where an index is beyond the model's blocks."""
-    if value is not None and value[-1] >= blocks:
-        raise ValueError(
-            f"{type(transform).__name__}({field}={value}): {type(model).__name__} has {blocks} blocks, accepted are "
-            f"indices up to {blocks - 1}"
-        )
 
 
 def _as_tuples(value: Any) -> Any:

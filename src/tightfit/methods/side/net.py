@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,119 +13,10 @@ from torch import Tensor, nn
 
 from tightfit.core import hfmodel
 from tightfit.core.edits import is_planning
-from tightfit.core.errors import UnsupportedModelError, shorten
+from tightfit.core.errors import UnsupportedModelError
+from tightfit.methods.side.places import HEADS, INNER, STATES, Place, head_dim, like, own_random, text_config
 from tightfit.methods.side.rows import Choice, choose, cut, cut_norm, evenly, groups_of, magnitude
 from tightfit.methods.side.taps import tap
-
-STATES = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
-INNER = ("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "hidden_dim")
-HEADS = ("head_dim", "d_kv", "query_pre_attn_scalar")
-"""Names that configs use for widths."""
-
-
-# -- where a side net stands --------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Place:
-    """A stack as the side methods see it.
-
-    Attributes:
-        owner: name of the module that runs the stack; side nets are its children.
-        blocks: names of the blocks.
-        width: of the states.
-        final: the model's output comes from this stack; False for the encoder of an encoder-decoder.
-        norm: name of the stack's final norm, or None.
-        side: the module that was added, once it is there.
-    """
-
-    owner: str
-    blocks: tuple[str, ...]
-    width: int
-    final: bool
-    norm: str | None
-    side: Any = None
-
-
-def places(model: nn.Module, method: str) -> list[Place]:
-    """The stacks of a model: one, or an encoder's and a decoder's.
-
-    Raises:
-        UnsupportedModelError: the model has none, or several that do not make an encoder-decoder.
-    """
-    stacks = hfmodel.stacks(model)
-    paired = len(stacks) == 2 and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if len(stacks) != 1 and not paired:
-        found = ", ".join(stack[0].rsplit(".", 1)[0] for stack in stacks) or "none"
-        raise UnsupportedModelError(
-            f"{method}: needs a model of one stack of blocks, or an encoder and a decoder; {type(model).__name__} has "
-            f"{len(stacks)} ({found})"
-        )
-    out = []
-    for number, stack in enumerate(stacks):
-        norm, width = final_norm(model, stack[0])
-        owner = stack[0].rsplit(".", 2)[0] if stack[0].count(".") > 1 else ""
-        out.append(Place(owner, tuple(stack), width, number == len(stacks) - 1, norm))
-    return out
-
-
-def final_norm(model: nn.Module, block: str) -> tuple[str | None, int]:
-    """(name of the norm behind the stack or None, width of the states)."""
-    width = _width(model, block)
-    parts = block.split(".")[:-2]
-    inside = [part for part in hfmodel.backbone(model)[0].split(".") if part]
-    while True:
-        parent = model.get_submodule(".".join(parts))
-        for name, child in parent.named_children():
-            shapes = [tuple(p.shape) for p in child.parameters(recurse=False)]
-            if "norm" in type(child).__name__.lower() and "emb" not in name and shapes and set(shapes) == {(width,)}:
-                return ".".join((*parts, name)), width
-        if parts == inside or not parts:
-            return None, width
-        parts = parts[:-1]
-
-
-def _width(model: nn.Module, block: str) -> int:
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = getattr(text, "hidden_size", None)
-    if not isinstance(found, int):
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: its config names no hidden_size, so the width of {block} is not known"
-        )
-    return found
-
-
-def head_dim(config: Any) -> int:
-    """Channels of one attention head."""
-    found = getattr(config, "head_dim", None)
-    return found if isinstance(found, int) else config.hidden_size // config.num_attention_heads
-
-
-def widths(config: Any) -> dict[str, int]:
-    """The widths that shrink, by their names in the config."""
-    own = {name: value for name, value in vars(config).items() if name in (*STATES, *INNER, *HEADS[:2])}
-    found = {name: value for name, value in own.items() if isinstance(value, int)}
-    if hasattr(config, "num_attention_heads") and not any(name in found for name in HEADS):
-        found["head_dim"] = head_dim(config)
-    return found
-
-
-def check_reduction(method: str, model: nn.Module, reduction: int) -> None:
-    """Raises: ValueError listing the divisors, where `reduction` does not divide every width."""
-    config: Any = model.config
-    found = widths(config.get_text_config() if hasattr(config, "get_text_config") else config)
-    common = math.gcd(*found.values())
-    if common % reduction:
-        allowed = [r for r in range(1, common + 1) if common % r == 0]
-        given = ", ".join(f"{name}={value}" for name, value in found.items())
-        raise ValueError(
-            f"{method}(reduction={reduction}): does not divide {given} of this {type(model).__name__}; accepted is one "
-            f"of {shorten(allowed, 20)}"
-        )
-
-
-# -- building -----------------------------------------------------------------------------------------------------
 
 
 def small_config(config: Any, reduction: int, dropout: float) -> Any:
@@ -245,22 +135,6 @@ class SideNet(nn.Module):
         return hidden + lifted
 
 
-def like(model: nn.Module) -> Tensor:
-    """An empty tensor of the dtype of new modules (float32 beside half precision), on the first block's device."""
-    block = model.get_submodule(hfmodel.stacks(model)[0][0])
-    first = next(block.parameters())
-    wide = first.dtype in (torch.float32, torch.float64)
-    return torch.empty(0, dtype=first.dtype if wide else torch.float32, device=first.device)
-
-
-@contextlib.contextmanager
-def own_random(seed: int) -> Iterator[None]:
-    """Random numbers of our own; the global state is left alone, and not drawn from while planning."""
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
-        yield
-
-
 def build(model: nn.Module, all_places: Sequence[Place], design: Design) -> list[SideNet]:
     """The side nets of all stacks of a model, on its device."""
     kind = like(model)
@@ -324,9 +198,7 @@ def _check_shapes(model: nn.Module, name: str, block: nn.Module, side: nn.Module
 
 
 def _initialise(model: nn.Module, all_places: Sequence[Place], nets: Sequence[SideNet], design: Design) -> None:
-    config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    inner = head_dim(text)
+    inner = head_dim(text_config(model))
     chosen = chosen_channels(model, all_places, design, inner)
     picks = iter(chosen.groups if chosen is not None else ())
     for place, net in zip(all_places, nets):
@@ -373,8 +245,7 @@ def kept_blocks(model: nn.Module, all_places: Sequence[Place], design: Design) -
 
 def is_rotary(model: nn.Module) -> bool:
     """Whether heads turn by position."""
-    config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(model)
     return getattr(text, "rope_parameters", None) is not None or hasattr(text, "rope_theta")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tightfit.core.edits import StackRunner
 from tightfit.core.errors import StateError
 from tightfit.core.stack import block_of
-from tightfit.methods.side.frozen import Link, Split, first_tensor, with_first
+from tightfit.methods.side.frozen import Link, Split, first_tensor, plain_call, with_first
 from tightfit.methods.side.net import SideNet
 
 METHOD = "LadderSide"
@@ -47,8 +47,7 @@ class LadderRunner(StackRunner):
             tape.opened = True
             for cache in _caches((*args, *kwargs.values())):
                 extend(cache, len(side.gates), side.rungs)
-        # taken apart here, where gradients are on: the side's half needs them
-        plain, named = _plain(tape, args), dict(zip(kwargs, _plain(tape, kwargs.values())))
+        plain, named = plain_call(tape.split, args, kwargs)
         with torch.no_grad():
             out = forward(hidden, *plain, **named)
         states = first_tensor(out)
@@ -83,13 +82,6 @@ class LadderRunner(StackRunner):
         if torch.is_tensor(value) and value.dim() == 4 and value.is_floating_point():
             return value.to(self.side.gates.dtype)  # a mask that is added
         return value
-
-
-def _plain(tape: Tape, values) -> list[Any]:
-    """What the stack's own block is called with: the encoder's states without the side's."""
-    if tape.split is None:
-        return list(values)
-    return [parts[0] if (parts := tape.split(value)) is not None else value for value in values]
 
 
 def _same_attention(side: Any, block: Any) -> None:
