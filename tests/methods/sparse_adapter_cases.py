@@ -42,10 +42,10 @@ def build(family, dtype=torch.float32):
     return model.train().to(dtype)
 
 
-def applied(family="llama", dtype=torch.float32, spread=0.3, **fields):
+def applied(family="llama", dtype=torch.float32, spread=0.3, rows_dtype=None, **fields):
     """A model with an adapter whose values are not zero any more (unless spread is)."""
     model = build(family, dtype)
-    fields = {"width": 48, "top_k": 5, **fields}
+    fields = {"width": 48, "top_k": 5, "dtype": rows_dtype, **fields}
     found = tightfit.apply(model, SparseAdapter(**fields))
     part = SparseAdapter.of(found)
     generator = torch.Generator().manual_seed(5)

@@ -67,7 +67,7 @@ def test_values_of_zero_change_nothing_and_give_keys_no_gradient(family):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_rows_for_every_token_is_the_dense_parallel_adapter_bit_for_bit(dtype):
-    fields = {"width": 40, "top_k": 40, "selection": "union", "dtype": None}
+    fields = {"width": 40, "top_k": 40, "selection": "union"}
     model, _, part = applied("bert", spread=0.3, **fields)
     model.to(dtype)
     layer = part.layers[0]
@@ -384,7 +384,7 @@ def test_a_step_while_rows_wait_for_their_backward_is_refused():
 def test_merging_is_refused_and_removing_gives_the_base_back(tmp_path):
     model, found, part = applied("llama")
     for leave in (found.merge, lambda: found.export(tmp_path / "x")):
-        with pytest.raises(StateError, match="have no place in a stock LlamaForCausalLM"):
+        with pytest.raises(StateError, match="has no place in a stock LlamaForCausalLM"):
             leave()
     found.remove()
     batch = models.batch(model)

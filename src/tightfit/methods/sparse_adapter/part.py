@@ -211,6 +211,6 @@ class _LeavingHandle(Handle):
 
     def before_merge(self, model: nn.Module, verb: str) -> None:
         raise StateError(
-            f"{verb}(): the rows of SparseAdapter have no place in a stock {type(model).__name__} (an MLP with a ReLU "
-            f"branch beside it is another MLP); save() them, and load() them on the same base"
+            f"{verb}(): what SparseAdapter trained (a ReLU branch beside each MLP) has no place in a stock "
+            f"{type(model).__name__}; save() it, and load() it on the same base"
         )
