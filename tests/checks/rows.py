@@ -19,6 +19,7 @@ from tightfit import (
     PartialEmbedding,
     Reversible,
     Sherl,
+    SparseAdapter,
     TokenTune,
     Velora,
     WtaCrs,
@@ -70,6 +71,11 @@ def _side(name, make):
     return Row(name, make, keeps_names=False, exact=False, exports=False)
 
 
+def _sparse(name, **fields):
+    make = lambda model: SparseAdapter(width=96, top_k=8, **fields)  # noqa: E731
+    return Row(name, make, keeps_names=False, exact=False, exports=False)
+
+
 ENCODERS = frozenset({"bert"})
 
 
@@ -101,6 +107,8 @@ ROWS = [
     _side("ladder-side-published", lambda model: LadderSide(reduction=4, projection="linear", merge="side")),
     _side("sherl", lambda model: Sherl(reduction=4, late_layers=0)),
     _side("losa", lambda model: Losa(rank=4)),
+    _sparse("sparse-adapter"),
+    _sparse("sparse-adapter-grouped", groups=8, probe=4, gate="sigmoid", retain="refetch", store="disk"),
     Row("velora", lambda model: Velora(groups=8), exact=False),
     _tokens("token-tune", ratio=0.5),
     _tokens("token-tune-count", count=4, policy="labelled", normalise="all"),
