@@ -54,6 +54,13 @@ class Part:
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take back what `tensors` gave."""
 
+    def training_tensors(self) -> dict[str, torch.Tensor]:
+        """What only a run that goes on needs, beside `tensors` (optimizer state that no optimizer holds)."""
+        return {}
+
+    def load_training_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take back what `training_tensors` gave, after `load_tensors`."""
+
     def host_bytes(self) -> int:
         """Bytes of host-side stores, which no allocator counts."""
         return 0

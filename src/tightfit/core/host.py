@@ -26,7 +26,7 @@ def to_host(tensor: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Ten
         return source if rows is None else source.index_select(0, rows.to(source.device))
     shape = source.shape if rows is None else (len(rows), *source.shape[1:])
     try:
-        home = _map_file(shape, source.dtype)
+        home = map_file(shape, source.dtype)
     except (OSError, RuntimeError, AttributeError):  # no space, no mapping, no posix_fallocate
         home = torch.empty(shape, dtype=source.dtype)
     if rows is None:
@@ -38,7 +38,12 @@ def to_host(tensor: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Ten
     return home
 
 
-def _map_file(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def map_file(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in a mapped temporary file, which vanishes with it; its values are zeros.
+
+    Raises:
+        OSError, RuntimeError, AttributeError: no space, or no mapping on this system.
+    """
     size = math.prod(shape)
     if size == 0:
         return torch.empty(shape, dtype=dtype)

@@ -115,7 +115,11 @@ class _Opaque(Exception):
 _PLAIN = (bool, int, float, str)
 
 
-def _state(value: Any, depth: int = 4) -> Any:
+def _state(value: Any, depth: int = 6) -> Any:
+    """A setting in a form that can be compared.
+
+    An object of ours may say with `blocks_alike = False` that it treats blocks by their number.
+    """
     if value is None or isinstance(value, (*_PLAIN, type, torch.dtype)):
         return value
     if isinstance(value, torch.Tensor):
@@ -130,13 +134,15 @@ def _state(value: Any, depth: int = 4) -> Any:
     if isinstance(value, dict):
         return tuple((str(key), _state(item, depth)) for key, item in value.items() if not _is_place(key))
     ours = type(value).__module__.startswith("tightfit.") and not isinstance(value, nn.Module)
-    if depth and (ours or dataclasses.is_dataclass(value)):
+    if isinstance(value, frozenset) and not value:
+        return type(value)
+    if depth and (ours or dataclasses.is_dataclass(value)) and getattr(value, "blocks_alike", True):
         return type(value), _state(vars(value), depth - 1)
     raise _Opaque
 
 
 def _is_place(key: Any) -> bool:
-    return any(word in str(key) for word in ("idx", "index", "layer_id", "seed"))
+    return any(word in str(key) for word in ("idx", "index", "layer_id", "number", "seed"))
 
 
 def _short(model, batch, options: StepOptions, stacks: Stacks, depth: int) -> Account:

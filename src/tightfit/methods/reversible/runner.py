@@ -51,6 +51,11 @@ class Plan:
     kept: frozenset[str] = frozenset()
     progress: float = 0.0
 
+    @property
+    def blocks_alike(self) -> bool:
+        """Whether every block of the span is run like its neighbours; the planner asks."""
+        return not self.anchors and not self.kept
+
     def now(self) -> tuple[Half, ...] | None:
         """The half steps at this point of the training; None: the blocks are plain ones now."""
         start = 1 - self.anneal
