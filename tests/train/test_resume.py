@@ -71,6 +71,7 @@ CASES = [
     ([], {"save_every": 3, "optimizer": "sgd", "max_steps": 7}, 5),
     ([], {"save_every": 3, "optimizer": "adafactor"}, 5),
     ([{"PartialEmbedding": {}}], {"save_every": 3}, 8),
+    ([{"SparseAdapter": {"width": 64, "top_k": 4}}], {"save_every": 3, "gradient_accumulation": 2}, 5),
 ]
 
 

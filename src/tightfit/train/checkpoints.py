@@ -5,6 +5,7 @@ A checkpoint is a folder `checkpoint-<step>`:
     recipe.json, tightfit.safetensors   the recipe and what it trained (`Applied.save`)
     optimizer.safetensors               tensors of the optimizer's state
     state.json                          the rest of it, scheduler, gradient scaler, random states
+    parts.safetensors                   optimizer state that methods hold themselves, where there is some
     trainer_state.json                  the Trainer's own state
     complete.json                       the files and their sizes, written last
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 OPTIMIZER_FILE = "optimizer.safetensors"
+PARTS_FILE = "parts.safetensors"
 STATE_FILE = "state.json"
 TRAINER_FILE = "trainer_state.json"
 COMPLETE_FILE = "complete.json"
@@ -85,6 +87,10 @@ def write_checkpoint(
         applied.save(temporary)
         with replacing(temporary / OPTIMIZER_FILE) as file:
             save_file(tensors, file)
+        held = _part_tensors(applied)
+        if held:
+            with replacing(temporary / PARTS_FILE) as file:
+                save_file(held, file)
         write_text(temporary / STATE_FILE, text)
         trainer_state.save_to_json(str(temporary / TRAINER_FILE))
         sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
@@ -146,6 +152,25 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
         optimizer.load_state_dict(state)
     except ValueError as error:
         raise ArtifactError(f"{path}: the optimizer state belongs to another recipe: {error}") from None
+
+
+def load_parts(path: Path, applied: Applied) -> None:
+    """Put a checkpoint's state that methods hold themselves back into an applied recipe."""
+    from safetensors.torch import load_file
+
+    file = path / PARTS_FILE
+    found = load_file(file) if file.exists() else {}
+    for part in applied.parts:
+        prefix = f"{type(part).__name__}/"
+        part.load_training_tensors({k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)})
+
+
+def _part_tensors(applied: Applied) -> dict[str, torch.Tensor]:
+    return {
+        f"{type(part).__name__}/{key}": tensor.detach().cpu().contiguous()
+        for part in applied.parts
+        for key, tensor in part.training_tensors().items()
+    }
 
 
 def split_state(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -116,6 +116,7 @@ class RunTrainer(Trainer):
             assert self.optimizer is not None and self.lr_scheduler is not None
             inner = getattr(self.optimizer, "optimizer", self.optimizer)
             checkpoints.load_optimizer(Path(checkpoint), inner)
+            checkpoints.load_parts(Path(checkpoint), self.applied)
             self.lr_scheduler.load_state_dict(checkpoints.read_state(Path(checkpoint))["scheduler"])
 
     def _load_scaler(self, checkpoint: str | None) -> None:

@@ -160,6 +160,16 @@ class HostRows(Part):
         for layer in self.layers:
             layer.load_rows({"rows": tensors[f"{layer.name}/rows"]})
 
+    def training_tensors(self) -> dict[str, torch.Tensor]:
+        state = ((layer, name, t) for layer in self.layers if not layer.bank.hollow for name, t in layer.bank.state())
+        return {f"{layer.name}/{name}": tensor for layer, name, tensor in state if name != "rows"}
+
+    def load_training_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        for layer in self.layers:
+            prefix = f"{layer.name}/"
+            found = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            layer.load_rows({"rows": layer.bank.tensor("rows"), **found})
+
 
 def _rows_of(up: Any) -> torch.Tensor:
     """(inner, d): the weights of an MLP's first layer, a row for each of its hidden units."""
