@@ -1,9 +1,12 @@
 """What the reversible tests share: deeper models, and the same function by plain autograd, slowly."""
 
 import models
+import pytest
 import torch
 import transformers as hf
 
+import tightfit
+from tightfit import Reversible
 from tightfit.core.edits import StackEdit, StackRunner
 from tightfit.core.hfmodel import stacks
 
@@ -93,3 +96,15 @@ def close(found, wanted, limit):
     for name, grad in wanted.items():
         off = float((found[name] - grad).norm())
         assert off <= limit * (float(grad.norm()) + 1e-3 * largest), (name, off, float(grad.norm()))
+
+
+def later(*families):
+    return [pytest.param(family, marks=pytest.mark.slow) for family in families]
+
+
+each_family = pytest.mark.parametrize("family", ["llama", "bert", "t5", *later("gpt2", "bart", "gemma2")])
+
+
+def reversed_model(family, *recipe, dropout=None, **options):
+    model = models.build(family, dropout=dropout)
+    return tightfit.apply(model, list(recipe) or Reversible(**options)).model
