@@ -29,14 +29,14 @@ def frozen_names(model: nn.Module) -> Iterator[str]:
     return (name for name, _ in model.named_parameters() if name not in head)
 
 
-def frozen_edits(model: nn.Module, method: str, *, dropout: bool) -> Iterator[Edit]:
+def frozen_edits(model: nn.Module, method: str, *, dropout: bool, cache: Any = None) -> Iterator[Edit]:
     """Freeze the backbone, and let it run as in evaluation mode while the rest trains."""
     yield TrainableEdit(parameters=tuple(frozen_names(model)), trainable=False)
     yield CallEdit(
         slot=Slot.BLOCKS,
         where="backbone",
         mixin=FrozenBackbone,
-        state=lambda module: {"method": method, "dropout": dropout},
+        state=lambda module: {"method": method, "dropout": dropout, "cache": cache},
         note="frozen" if dropout else "frozen, without dropout",
     )
     yield LeavingEdit(method=method)
@@ -84,7 +84,11 @@ class FrozenBackbone:
         if torch.is_grad_enabled():
             _refuse_trained(self, own["method"])
             kwargs = _without_cache(self, kwargs, own["method"])
-        with contextlib.nullcontext() if own["dropout"] else evaluating(self):
+        with contextlib.ExitStack() as stack:
+            if not own["dropout"]:
+                stack.enter_context(evaluating(self))
+            if own["cache"] is not None:
+                stack.enter_context(own["cache"].looking(self, args, kwargs, SIDE))
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
 

@@ -15,6 +15,7 @@ from tightfit.core.edits import ChildEdit, Edit, Part
 from tightfit.core.errors import UnsupportedModelError
 from tightfit.core.fields import check_bool, check_choice, check_float, check_int
 from tightfit.core.transform import Context, Slot, Transform
+from tightfit.methods.side.cache import FeatureCache
 from tightfit.methods.side.frozen import (
     SIDE,
     FrozenStackEdit,
@@ -64,6 +65,9 @@ class LadderSide(Transform):
         temperature: a gate is sigmoid(number / temperature); it begins at 1/2.
         dropout: one rate for all dropout inside the side net.
         backbone_dropout: leave dropout of the frozen model on while training, as published.
+        cache_bytes: keep what the frozen model makes of every training example on disk, up to so many bytes, and do not
+            run it again for an example that was seen; for data that comes back unchanged each epoch. One stack only,
+            and a projection that does not train.
         seed: of new weights.
         channels: what `fit` chose.
 
@@ -93,6 +97,7 @@ class LadderSide(Transform):
     temperature: float = 0.1
     dropout: float = 0.0
     backbone_dropout: bool = False
+    cache_bytes: int | None = None
     seed: int = 0
     channels: tuple | None = None
 
@@ -113,6 +118,13 @@ class LadderSide(Transform):
         check_float(self, "dropout", 0, 1, open_high=True)
         check_bool(self, "backbone_dropout")
         check_int(self, "seed", 0)
+        check_int(self, "cache_bytes", 1, optional=True)
+        if self.cache_bytes is not None and (self.backbone_dropout or self.projection in ("linear", "lowrank")):
+            why = "backbone_dropout=True" if self.backbone_dropout else f"projection={self.projection!r}"
+            raise ValueError(
+                f"LadderSide(cache_bytes={self.cache_bytes}, {why}): what is kept must stay the same from epoch to "
+                f"epoch; use backbone_dropout=False and projection 'frozen_linear' or 'pool'"
+            )
         object.__setattr__(self, "channels", _as_tuples(self.channels))
         _check_channels(self.channels)
         if self.channels is not None and self.init != "fisher":
@@ -183,9 +195,15 @@ class LadderSide(Transform):
     def edits(self, model: nn.Module, context: Context) -> Iterator[Edit]:
         here = self._places(model)
         check_reduction(METHOD, model, self.reduction)
-        yield from frozen_edits(model, METHOD, dropout=self.backbone_dropout)
+        if self.cache_bytes is not None and len(here) > 1:
+            raise UnsupportedModelError(
+                f"LadderSide(cache_bytes={self.cache_bytes}): {type(model).__name__} has an encoder and a decoder; "
+                f"only models of one stack can keep their features"
+            )
+        cache = None if self.cache_bytes is None else FeatureCache(self.cache_bytes)
+        yield from frozen_edits(model, METHOD, dropout=self.backbone_dropout, cache=cache)
         built = Builder(self._design(), here)
-        part = Ladder(here)
+        part = Ladder(here, cache)
         link = Link() if len(here) > 1 else None
         for place in here:
             yield ChildEdit(
@@ -197,7 +215,7 @@ class LadderSide(Transform):
             yield FrozenStackEdit(
                 blocks=place.blocks,
                 inside=inside(model, place.blocks),
-                runner=functools.partial(_runner, place, link),
+                runner=functools.partial(_runner, place, link, cache),
                 part=part,
                 note=f"{self.projection}, {self.merge}",
             )
@@ -224,8 +242,8 @@ class LadderSide(Transform):
         return here
 
 
-def _runner(place: Place, link: Link | None) -> LadderRunner:
-    return LadderRunner(place.side, link, encoder=not place.final)
+def _runner(place: Place, link: Link | None, cache: FeatureCache | None) -> LadderRunner:
+    return LadderRunner(place.side, link, not place.final, cache)
 
 
 class Builder:
@@ -245,12 +263,18 @@ class Builder:
 class Ladder(Part):
     """The living side of `LadderSide`."""
 
-    def __init__(self, here: list[Place]):
-        self.places = here
+    def __init__(self, here: list[Place], cache: FeatureCache | None):
+        self.places, self.cache = here, cache
+
+    def host_bytes(self) -> int:
+        return 0 if self.cache is None else self.cache.bytes
 
     def report(self) -> dict[str, Any]:
         nets = [place.side for place in self.places]
-        return {
+        kept = (
+            {} if self.cache is None else {"cached_examples": len(self.cache.slots), "cached_bytes": self.cache.bytes}
+        )
+        return kept | {
             "side_parameters": sum(p.numel() for net in nets for p in net.parameters()),
             "side_width": nets[0].side_width,
             "kept_layers": [list(net.rungs) for net in nets],

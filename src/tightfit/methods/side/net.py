@@ -110,7 +110,14 @@ class SideNet(nn.Module):
 
     def mixed(self, state: Tensor, hidden: Tensor, rung: int) -> Tensor:
         """What the side block of a rung reads: the gated sum of the side state and the block's output."""
-        tapped = self._tapped(getattr(self, f"tap_{rung}"), hidden)
+        return self.gated(state, self.tapped(hidden, rung), rung)
+
+    def tapped(self, hidden: Tensor, rung: int) -> Tensor:
+        """A block's output at the side net's width."""
+        return self._tapped(getattr(self, f"tap_{rung}"), hidden)
+
+    def gated(self, state: Tensor, tapped: Tensor, rung: int) -> Tensor:
+        """The gated sum of the side state and a block's output at the side net's width."""
         return tapped + torch.sigmoid(self.gates[rung] / self.temperature) * (state - tapped)
 
     def _tapped(self, projection: Any, hidden: Tensor) -> Tensor:

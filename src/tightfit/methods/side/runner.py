@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tightfit.core.edits import StackRunner
-from tightfit.core.errors import StateError
+from tightfit.core.errors import StateError, UnsupportedModelError
 from tightfit.core.stack import block_of
+from tightfit.methods.side.cache import FeatureCache, Lookup
 from tightfit.methods.side.frozen import Link, Split, first_tensor, plain_call, with_first
 from tightfit.methods.side.net import SideNet
 
@@ -24,6 +25,8 @@ class Tape:
 
     def __init__(self, state: Tensor, split: Split | None):
         self.state, self.split = state, split
+        self.lookup: Lookup | None = None
+        self.features: Tensor | None = None
         self.theirs: tuple = ()
         self.ours: tuple = ()
         self.opened = False
@@ -32,14 +35,23 @@ class Tape:
 class LadderRunner(StackRunner):
     """Runs the blocks without a graph; each rung's output goes to its side block at once and is not kept."""
 
-    def __init__(self, side: SideNet, link: Link | None, encoder: bool):
-        self.side, self.link, self.encoder = side, link, encoder
+    def __init__(self, side: SideNet, link: Link | None, encoder: bool, cache: FeatureCache | None = None):
+        self.side, self.link, self.encoder, self.cache = side, link, encoder, cache
 
     def open(self, hidden: Any) -> Tape:
         split = None
         if self.link is not None and not self.encoder:
             split = Split(self.side.width, self.side.side_width, METHOD)
-        return Tape(self.side.start(hidden.detach()), split)
+        tape = Tape(self.side.start(hidden.detach()), split)
+        tape.lookup = self.cache.take() if self.cache is not None else None
+        if tape.lookup is not None:
+            tokens = hidden.shape[1]
+            if tape.lookup.served:
+                tape.features = tape.lookup.features(tokens, hidden.device)
+            else:
+                columns = len(self.side.rungs) * self.side.side_width + self.side.width
+                tape.lookup.open(columns, tokens, self.side.gates.dtype)
+        return tape
 
     def block(self, tape: Tape, index: int, last: bool, forward, hidden, args: tuple, kwargs: dict) -> Any:
         side = self.side
@@ -47,12 +59,10 @@ class LadderRunner(StackRunner):
             tape.opened = True
             for cache in _caches((*args, *kwargs.values())):
                 extend(cache, len(side.gates), side.rungs)
-        plain, named = plain_call(tape.split, args, kwargs)
-        with torch.no_grad():
-            out = forward(hidden, *plain, **named)
+        out = hidden if tape.features is not None else self._run(tape, forward, hidden, args, kwargs)
         states = first_tensor(out)
         if index in side.rungs:
-            state = side.mixed(tape.state, states, index)
+            state = side.gated(tape.state, self._tapped(tape, states, index), index)
             block = side.block(index)
             _same_attention(block, block_of(forward))
             given = [self._ours(tape, value) for value in args]
@@ -62,11 +72,36 @@ class LadderRunner(StackRunner):
             tape.state, tape.ours = first_tensor(made), () if torch.is_tensor(made) else tuple(made[1:])
         tape.theirs = () if torch.is_tensor(out) else tuple(out[1:])
         if last:
+            if tape.features is not None:
+                states = tape.features[..., -side.width :].to(hidden.dtype)
+            elif tape.lookup is not None:
+                tape.lookup.write(len(side.rungs) * side.side_width, states)
+                tape.lookup.close()
             if self.encoder:
                 assert self.link is not None
                 self.link.given = side.norm(tape.state)
             return with_first(out, side.merged(tape.state, states))
         return out
+
+    def _run(self, tape: Tape, forward, hidden: Tensor, args: tuple, kwargs: dict) -> Any:
+        plain, named = plain_call(tape.split, args, kwargs)
+        with torch.no_grad():
+            out = forward(hidden, *plain, **named)
+        if tape.lookup is not None and not torch.is_tensor(out):
+            raise UnsupportedModelError(
+                f"{METHOD}(cache_bytes=...): a {type(block_of(forward)).__name__} gives more than its states, which "
+                f"the cache does not keep; leave cache_bytes out"
+            )
+        return out
+
+    def _tapped(self, tape: Tape, states: Tensor, rung: int) -> Tensor:
+        place = self.side.rungs.index(rung) * self.side.side_width
+        if tape.features is not None:
+            return tape.features[..., place : place + self.side.side_width]
+        tapped = self.side.tapped(states, rung)
+        if tape.lookup is not None:
+            tape.lookup.write(place, tapped)
+        return tapped
 
     def _ours(self, tape: Tape, value: Any) -> Any:
         """The side block's form of what the stack's block is called with."""

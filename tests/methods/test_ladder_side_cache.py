@@ -1,0 +1,183 @@
+"""The feature cache of LadderSide: the same losses, the backbone run once for an example, bounds, validity."""
+
+import copy
+
+import models
+import pytest
+import torch
+import transformers as hf
+from side_cases import four, shaken, side_nets
+
+import tightfit
+from tightfit import LadderSide
+
+LARGE = 2**24
+
+
+def runs_of(model, block):
+    """Counts the examples that a block is run for."""
+    counted = []
+    model.get_submodule(f"{block}").register_forward_hook(lambda module, args, out: counted.append(len(args[0])))
+    return counted
+
+
+def epochs(model, applied, batches, count=3):
+    """Losses of some epochs of training."""
+    optimizer = applied.optimizer(torch.optim.SGD, lr=0.1)
+    losses = []
+    for _ in range(count):
+        for batch in batches:
+            optimizer.zero_grad()
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    return losses
+
+
+def inner_runs(model, family):
+    inside = {"bert": "bert.encoder.layer.0.attention", "llama": "model.layers.0.mlp"}
+    return runs_of(model, inside[family])
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("projection", ["frozen_linear", "pool"])
+def test_losses_are_the_same_and_later_epochs_skip_the_blocks(family, projection):
+    fields = {"reduction": 4, "projection": projection, "keep_layers": (0, 2, 3)}
+    plain, kept = four(family, dropout=0.0), four(family, dropout=0.0)
+    applied = tightfit.apply(plain, LadderSide(**fields))
+    applied_kept = tightfit.apply(kept, LadderSide(**fields, cache_bytes=LARGE))
+    shaken(plain), shaken(kept)
+    batches = [models.batch(plain, seed=seed) for seed in range(3)]
+    counted = inner_runs(kept, family)
+    assert epochs(kept, applied_kept, batches) == epochs(plain, applied, batches)
+    assert counted == [3, 3, 3]
+    facts = applied_kept.report()["methods"]["LadderSide"]
+    assert facts["cached_examples"] == 9
+    assert facts["cached_bytes"] <= LARGE
+
+
+def test_examples_are_known_by_themselves_not_by_their_batch():
+    model = four("bert", dropout=0.0)
+    tightfit.apply(model, LadderSide(reduction=4, cache_bytes=LARGE))
+    shaken(model)
+    one, two = models.batch(model, seed=1), models.batch(model, seed=2)
+    plain = copy.deepcopy(model)  # its cache is empty
+    counted = inner_runs(model, "bert")
+    model(**one), model(**two)
+    mixed = {key: torch.cat([one[key][1:], two[key][:2]]) for key in one}
+    longer = {
+        key: torch.nn.functional.pad(value, (0, 4)) if value.dim() == 2 else value for key, value in mixed.items()
+    }
+    for batch in (mixed, longer):
+        torch.testing.assert_close(model(**batch).loss, plain(**batch).loss)
+    assert counted == [3, 3]
+    changed = {**one, "token_type_ids": torch.ones_like(one["input_ids"])}
+    torch.testing.assert_close(model(**changed).loss, plain(**changed).loss)
+    assert counted == [3, 3, 3]
+
+
+def test_padding_on_the_left_is_another_example():
+    model = four("llama", dropout=0.0)
+    tightfit.apply(model, LadderSide(reduction=4, cache_bytes=LARGE))
+    shaken(model)
+    plain = copy.deepcopy(model)
+    counted = inner_runs(model, "llama")
+    right = models.batch(model)
+    left = {key: value.flip(1) for key, value in right.items()}
+    for batch in (right, left, right, left):
+        torch.testing.assert_close(model(**batch).loss, plain(**batch).loss)
+    assert counted == [3, 3]
+
+
+def test_images_are_kept_too():
+    config = hf.ViTConfig(**models.SIZE, image_size=16, patch_size=8, num_labels=3)
+    model = models._seeded(lambda: hf.ViTForImageClassification(config), 0.0)
+    applied = tightfit.apply(model, LadderSide(reduction=4, cache_bytes=LARGE))
+    shaken(model)
+    batch = {"pixel_values": torch.randn(3, 3, 16, 16), "labels": torch.tensor([0, 1, 2])}
+    first, second = (model(**batch).loss for _ in range(2))
+    assert torch.equal(first, second)
+    assert applied.report()["methods"]["LadderSide"]["cached_examples"] == 3
+
+
+def test_the_limit_holds_and_what_fits_is_still_read():
+    model = four("bert", dropout=0.0)
+    row = (4 * 8 + 32) * 4
+    applied = tightfit.apply(model, LadderSide(reduction=4, cache_bytes=25 * row))
+    shaken(model)
+    counted = inner_runs(model, "bert")
+    one, two = models.batch(model, seed=1), models.batch(model, seed=2)
+    model(**one)  # 9 + 8 + 7 tokens
+    with pytest.warns(UserWarning, match=r"cache_bytes=6400\): full after 3 examples"):
+        model(**two)
+    for batch in (one, two, one, two):
+        model(**batch)
+    assert counted == [3, 3, 3, 3]
+    assert applied.report()["methods"]["LadderSide"]["cached_bytes"] <= 25 * row
+
+
+def test_other_weights_or_another_precision_start_anew():
+    model = four("bert", dropout=0.0)
+    tightfit.apply(model, LadderSide(reduction=4, cache_bytes=LARGE))
+    shaken(model)
+    counted = inner_runs(model, "bert")
+    batch = models.batch(model)
+    before = model(**batch).loss
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight.mul_(3)
+    changed = model(**batch).loss
+    assert not torch.equal(before, changed)
+    assert torch.equal(model(**batch).loss, changed)
+    assert len(counted) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch)
+        model(**batch)
+    assert len(counted) == 3
+
+
+def test_evaluation_and_recorded_states_run_the_backbone():
+    model = four("bert", dropout=0.0)
+    tightfit.apply(model, LadderSide(reduction=4, cache_bytes=LARGE))
+    batch = models.batch(model)
+    model(**batch)
+    counted = inner_runs(model, "bert")
+    states = model(**batch, output_hidden_states=True).hidden_states
+    assert not torch.equal(states[0], states[1])
+    model.eval()
+    model(**batch)
+    assert len(counted) == 2
+
+
+def test_nothing_is_kept_while_planning():
+    model = four("bert")
+    recipe = LadderSide(reduction=4, cache_bytes=LARGE)
+    plan = tightfit.plan(model, recipe, batch=models.batch(model), optimizer="sgd")
+    bare = tightfit.plan(model, LadderSide(reduction=4), batch=models.batch(model), optimizer="sgd")
+    assert plan.peak_bytes == bare.peak_bytes
+    applied = tightfit.apply(model, recipe)
+    assert applied.report()["methods"]["LadderSide"]["cached_examples"] == 0
+    assert not side_nets(model)[0].up.weight.any()
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"projection": "linear"}, r"projection='linear'\).*must stay the same"),
+        ({"backbone_dropout": True}, r"backbone_dropout=True\).*must stay the same"),
+        ({"cache_bytes": 0}, r"cache_bytes=.*an int >= 1"),
+    ],
+)
+def test_fields_that_do_not_go_together(fields, match):
+    with pytest.raises(ValueError, match=match):
+        LadderSide(**{"cache_bytes": LARGE, **fields})
+
+
+def test_models_whose_features_cannot_be_kept_are_refused():
+    with pytest.raises(tightfit.UnsupportedModelError, match=r"has an encoder and a decoder"):
+        tightfit.apply(four("t5"), LadderSide(cache_bytes=LARGE))
+    config = hf.T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=120)
+    encoder = hf.T5EncoderModel(config).train()
+    tightfit.apply(encoder, LadderSide(cache_bytes=LARGE))
+    with pytest.raises(tightfit.UnsupportedModelError, match=r"a T5Block gives more than its states"):
+        encoder(input_ids=torch.ones(2, 5, dtype=torch.long))
