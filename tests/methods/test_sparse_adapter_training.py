@@ -193,20 +193,24 @@ def steps(model, found, optimizer, turns):
         optimizer.zero_grad()
 
 
-def test_a_state_dict_resumes_to_the_same_bits(tmp_path):
-    model, found, part = applied("llama", width=400, top_k=2)
+@pytest.mark.parametrize("fields", [{}, {"groups": 20, "probe": 3}], ids=["rows", "groups"])
+def test_a_state_dict_resumes_to_the_same_bits(tmp_path, fields):
+    model, found, part = applied("llama", width=400, top_k=2, **fields)
     optimizer = found.optimizer(lr=0.01)
     steps(model, found, optimizer, [0, 1])
     torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "state")
     steps(model, found, optimizer, [2])
     model_state, optimizer_state = torch.load(tmp_path / "state", weights_only=True)
     again = build("llama")
-    resumed = tightfit.apply(again, SparseAdapter(width=400, top_k=2))
+    resumed = tightfit.apply(again, SparseAdapter(width=400, top_k=2, **fields))
     assert not again.load_state_dict(model_state).missing_keys
     fresh = resumed.optimizer(lr=0.01)
     fresh.load_state_dict(optimizer_state)
     steps(again, resumed, fresh, [2])
     assert same(state(part), state(SparseAdapter.of(resumed)))
+    for layer in part.layers if fields else ():
+        means = layer.bank.keys.view(20, 20, 32).mean(1)
+        torch.testing.assert_close(torch.from_numpy(layer.bank.router), means, rtol=1e-5, atol=1e-7)
 
 
 def test_the_saved_file_holds_rows_and_router_and_no_optimizer_state(tmp_path):

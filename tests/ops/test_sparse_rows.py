@@ -176,6 +176,17 @@ def test_row_adamw_is_the_reference_and_torchs_where_every_row_is_touched(decay,
     torch.testing.assert_close(rows[0], parameter.detach(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_was_added_is_told(dtype):
+    rows, wide = torch.randn(9, 4).to(dtype), torch.float64 if dtype == torch.float64 else torch.float32
+    rest, told = [torch.randn(9, 4).abs().to(wide) for _ in range(3)], torch.zeros(9, 4, dtype=wide)
+    before = rows.clone()
+    steps, touched = np.zeros(9, np.int32), np.array([1, 2, 7])
+    row_adamw(rows, *rest, steps, touched, 0.1, AdamW(), Workspace(), moved=lambda i, by: told.index_add_(0, i, by))
+    torch.testing.assert_close(told, rows.to(wide) - before.to(wide), rtol=1e-12, atol=1e-12)
+    assert (told[touched] != 0).all()
+
+
 def test_bfloat16_rows_are_updated_in_float32():
     rows = torch.ones(3, 4).bfloat16()
     rest = [torch.zeros(3, 4) for _ in range(3)]

@@ -131,12 +131,10 @@ class HostBank:
             self.keys[start:stop] = drawn
         self.refresh()
 
-    def refresh(self, groups: np.ndarray | None = None) -> None:
-        """Make the mean keys of all groups, or of the given ones, again."""
-        if not self.shape.groups:
-            return
-        length = self.shape.width // self.shape.groups
-        for group in range(self.shape.groups) if groups is None else groups.tolist():
+    def refresh(self) -> None:
+        """Make the mean keys of all groups again."""
+        length = self.shape.width // max(1, self.shape.groups)
+        for group in range(self.shape.groups):
             own = self.keys[group * length : (group + 1) * length]
             self.router[group] = own.to(self.shape.wide).mean(0).numpy()
 
@@ -172,11 +170,16 @@ class HostBank:
         """One AdamW step of the rows that have gradients, which it clears."""
         rows = np.flatnonzero(self.touched)
         values, grad, mean, square = map(self._flat, ("rows", "grad", "exp_avg", "exp_avg_sq"))
-        row_adamw(values, grad, mean, square, self.step, rows, lr, settings, work, factor)
+        moved = self._move_means if self.shape.groups else None
+        row_adamw(values, grad, mean, square, self.step, rows, lr, settings, work, factor, moved)
         self.touched[rows] = False
         self.pending, self.norm = False, 0.0
-        if self.shape.groups:
-            self.refresh(np.unique(rows // (self.shape.width // self.shape.groups)))
+
+    def _move_means(self, rows: Tensor, change: Tensor) -> None:
+        """The mean keys after some rows have changed by (t, 2 d)."""
+        length = self.shape.width // self.shape.groups
+        keys = change[:, : self.shape.size]
+        torch.from_numpy(self.router).index_add_(0, rows // length, keys, alpha=1 / length)
 
     def _flat(self, name: str) -> Tensor:
         return self.tensor(name).view(self.shape.width, 2 * self.shape.size)
@@ -190,6 +193,8 @@ class HostBank:
             yield "exp_avg", self.tensor("exp_avg")
             yield "exp_avg_sq", self.tensor("exp_avg_sq")
             yield "step", torch.from_numpy(self.step)
+            if self.shape.groups:  # moved with the keys, so its last bits are not those of a fresh mean
+                yield "router", torch.from_numpy(self.router)
 
     def load(self, found: dict[str, Tensor]) -> None:
         """Take what `state` gave; state that is not there is zero."""
@@ -200,7 +205,10 @@ class HostBank:
                 self.tensor(name).zero_()
         self.step[:] = found["step"].cpu().numpy() if "step" in found else 0
         self.drop_grad()
-        self.refresh()
+        if "router" in found and self.shape.groups:
+            self.router[:] = found["router"].cpu().numpy()
+        else:
+            self.refresh()
 
 
 def check_room(needed: int, shape: Shape, count: int) -> None:

@@ -330,7 +330,7 @@ class SparseRows(nn.Module):
             destination.update({prefix + name: tensor for name, tensor in self.bank.state()})
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        names = ("rows", "exp_avg", "exp_avg_sq", "step")
+        names = ("rows", "exp_avg", "exp_avg_sq", "step", *(() if hasattr(self, "router") else ("router",)))
         found = {name: state_dict.pop(prefix + name) for name in names if prefix + name in state_dict}
         if "rows" not in found:
             missing.append(f"{prefix}rows")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ def row_adamw(
     settings: AdamW,
     work: Workspace,
     factor: float = 1.0,
+    moved: Callable[[Tensor, Tensor], None] | None = None,
 ) -> None:
     """Update the touched rows in place and set their gradients to zero; all other rows keep their bits.
 
@@ -51,6 +52,7 @@ def row_adamw(
         step: (r,) ints: how often each row was updated.
         touched: (t,) distinct row numbers, int64.
         factor: multiplied with the gradient.
+        moved: is given row numbers and what was added to these rows, chunk by chunk.
 
     Example:
         >>> tensors = [torch.zeros(3, 2) for _ in range(4)]
@@ -86,8 +88,16 @@ def row_adamw(
         values = gathered("rows held", rows, index)
         if values.dtype != dtype:
             values = work.take("rows wide", tuple(values.shape), dtype).copy_(values)
+        before = work.take("rows before", tuple(values.shape), dtype).copy_(values) if moved is not None else None
         if settings.weight_decay:
             values.mul_(1 - lr * settings.weight_decay)
         values.sub_(update)
-        rows.index_copy_(0, index, values if values.dtype == rows.dtype else values.to(rows.dtype))
+        if values.dtype != rows.dtype:
+            narrow = work.take("rows narrow", tuple(values.shape), rows.dtype).copy_(values)
+            rows.index_copy_(0, index, narrow)
+            values.copy_(narrow)
+        else:
+            rows.index_copy_(0, index, values)
+        if moved is not None and before is not None:
+            moved(index, torch.sub(values, before, out=before))
         grad.index_fill_(0, index, 0.0)

@@ -1,0 +1,239 @@
+"""SparseAdapter: what the host does for one layer and one batch, what the device holds, and facts that are memorised.
+
+Host: 512 tokens of width 1,024 in float32, one thread, process CPU time. Tokens come in clusters, so that they share
+rows as tokens of real text do. Looking up rows (with and without groups), gathering the union, adding its gradients,
+and the row-wise AdamW of 5 % of the rows, beside torch's AdamW over the whole bank (its default and its fused form);
+optimizers take turns.
+
+Device: planned peaks of a Llama's step, on models without weights.
+
+Memory of facts: questions of XQuAD, each with the number of the paragraph that answers it. A frozen MiniLM learns them
+with SparseAdapter, LoRA or a head alone; the metric is the share of the trained questions it then knows, beside
+that of questions it never saw. Needs the data folder beside the project and the MiniLM package.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import record
+
+NAME = "sparse_adapter"
+QUICK = False
+WIDTHS = (6144, 16384, 65536)
+SIZE, TOKENS, TOP_K, TOUCHED, CLUSTERS = 1024, 512, 64, 0.05, 24
+ROUNDS = 5
+SEEDS = (0, 1, 2)
+FACTS: dict[str, Any] = {"epochs": 20, "batch_size": 32, "learning_rate": 1.0e-3, "max_length": 48}
+METHODS: dict[str, list[dict[str, Any]]] = {
+    "head alone": [{"SparseAdapter": {"width": 64, "scale": 0.0}}],
+    "Lora, rank 16": [{"Lora": {"rank": 16}}],
+    "SparseAdapter, 512 rows": [{"SparseAdapter": {"width": 512, "top_k": 64}}],
+    "SparseAdapter, 6,144 rows": [{"SparseAdapter": {"width": 6144, "top_k": 64, "groups": "auto"}}],
+}
+
+
+def tokens() -> Any:
+    """(TOKENS, SIZE) hidden states in clusters."""
+    import torch
+
+    centres = torch.randn(CLUSTERS, SIZE)
+    return centres[torch.randint(CLUSTERS, (TOKENS,))] + 0.4 * torch.randn(TOKENS, SIZE)
+
+
+def timed(step: Callable[[], Any], rounds: int) -> float:
+    """Median seconds after one to warm up."""
+    found = []
+    for _ in range(rounds + 1):
+        start = time.process_time()
+        step()
+        found.append(time.process_time() - start)
+    return statistics.median(found[1:])
+
+
+def host_row(width: int, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Seconds of everything that the host does for one layer."""
+    import torch
+
+    from tightfit import SparseAdapter
+    from tightfit.methods.sparse_adapter.bank import HostBank, Shape
+    from tightfit.methods.sparse_adapter.traffic import Traffic
+    from tightfit.ops.sparse_rows import AdamW, group_scores, resident, top_rows, top_rows_of_groups
+
+    torch.manual_seed(0)
+    recipe = SparseAdapter(width=width, top_k=TOP_K, groups="auto")
+    groups, probe, cap = recipe.group_count, recipe.probed_groups, recipe.resident_rows
+    bank = HostBank(Shape(width, SIZE, torch.float32, groups, "memory"), hollow=False)
+    bank.draw(0.02, (0, 0))
+    traffic, q = Traffic(), tokens()
+    work, router, cpu = traffic.work, torch.from_numpy(bank.router), torch.device("cpu")
+
+    def grouped() -> Any:
+        return top_rows_of_groups(q, bank.keys, TOP_K, group_scores(q, router, work), probe, work)
+
+    seconds = {"lookup_of_groups": timed(grouped, rounds)}
+    seconds["lookup_of_all"] = timed(lambda: top_rows(q, bank.keys, TOP_K, work), max(1, rounds // 2))
+    chosen = grouped()
+    seconds["union"] = timed(lambda: resident(*chosen, None, width, cap), rounds)
+    found = resident(*chosen, None, width, cap)
+    seconds["gather"] = timed(lambda: traffic.fetch(bank, found, cap, torch.float32, cpu), rounds)
+    grad = torch.randn(len(found.rows), 2, SIZE)
+    seconds["scatter"] = timed(lambda: bank.add_grad(found.rows, grad), rounds)
+    bank.drop_grad()
+    return {
+        "width": width,
+        "groups": groups,
+        "probe": probe,
+        "rows_wanted": found.wanted,
+        "rows_resident": len(found.rows),
+        "bank_bytes": bank.shape.nbytes,
+        "scratch_bytes": work.nbytes,
+        "seconds": seconds | optimizers(bank, work, AdamW(), rounds),
+    }
+
+
+def optimizers(bank: Any, work: Any, settings: Any, rounds: int) -> dict[str, float]:
+    """Seconds of the row-wise step and of torch's over all rows, in turns."""
+    import numpy as np
+    import torch
+
+    width = bank.shape.width
+    touched = np.sort(np.random.default_rng(0).choice(width, int(TOUCHED * width), replace=False))
+    grad = torch.randn(len(touched), 2, SIZE)
+    dense = torch.nn.Parameter(torch.zeros(width, 2 * SIZE))
+    dense.grad = torch.randn(width, 2 * SIZE)
+    stock = {name: torch.optim.AdamW([dense], lr=1e-4, fused=name == "fused_adamw") for name in DENSE}
+    found: dict[str, list[float]] = {name: [] for name in ("row_adamw", *stock)}
+    for _ in range(rounds + 1):
+        bank.add_grad(touched, grad)
+        start = time.process_time()
+        bank.update(1e-4, 1.0, settings, work)
+        found["row_adamw"].append(time.process_time() - start)
+        for name, optimizer in stock.items():
+            start = time.process_time()
+            optimizer.step()
+            found[name].append(time.process_time() - start)
+    return {name: statistics.median(times[1:]) for name, times in found.items()}
+
+
+DENSE = ("adamw", "fused_adamw")
+
+
+def device_rows(widths: tuple[int, ...] = WIDTHS, blocks: int = 8) -> list[dict[str, Any]]:
+    """Planned peaks and host bytes of a Llama of width 1,024, beside the stock step and LoRA."""
+    from transformers import LlamaConfig
+
+    import tightfit
+    from tightfit import Checkpointing, Lora, SparseAdapter, chain
+
+    config = LlamaConfig(
+        hidden_size=SIZE, intermediate_size=2816, num_hidden_layers=blocks, num_attention_heads=16, vocab_size=8000
+    )
+    model = tightfit.skeleton(config, task="causal-lm")
+    recipes = {"stock": chain(), "Lora": Lora()}
+    for width in widths:
+        recipes[f"SparseAdapter, {width:,} rows"] = SparseAdapter(width=width, groups="auto")
+    refetch = SparseAdapter(width=widths[-1], groups="auto", retain="refetch")
+    recipes[f"SparseAdapter, {widths[-1]:,} rows, refetched"] = refetch
+    recipes[f"SparseAdapter, {widths[-1]:,} rows, refetched + Checkpointing"] = chain(refetch, Checkpointing())
+    rows = []
+    for name, recipe in recipes.items():
+        plan = tightfit.plan(model, recipe, batch=(2, TOKENS // 2))
+        rows.append({"device": name, "peak_bytes": plan.peak_bytes, "by_category": plan.by_category})
+        print(rows[-1], flush=True)
+    return rows
+
+
+# -- facts --------------------------------------------------------------------------------------------------------
+
+
+def write_facts(folder: Path, limit: int | None = None) -> None:
+    """Questions of English XQuAD with their paragraph's number: three of four to learn, the rest never shown."""
+    with gzip.open(record.SHARED / "data" / "xquad" / "xquad.en.json.gz", "rt", encoding="utf8") as file:
+        paragraphs = [p for article in json.load(file)["data"] for p in article["paragraphs"]]
+    rows: dict[str, list[str]] = {"learnt": [], "unseen": []}
+    for number, paragraph in enumerate(paragraphs[:limit]):
+        for turn, qa in enumerate(paragraph["qas"]):
+            question = " ".join(qa["question"].split())
+            rows["unseen" if turn % 4 == 3 else "learnt"].append(f"{question}\tp{number}")
+    for name, lines in rows.items():
+        (folder / f"{name}.tsv").write_text("question\tparagraph\n" + "\n".join(lines) + "\n", encoding="utf8")
+
+
+def fact_row(folder: Path, name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """One run, and what it knows afterwards."""
+    import torch
+
+    from tightfit.train.recipe_file import RecipeFile
+    from tightfit.train.run import train
+
+    known = {}
+    for part in ("learnt", "unseen"):
+        with tempfile.TemporaryDirectory() as output:
+            torch.set_num_threads(1)
+            file = RecipeFile.model_validate(
+                {
+                    "model": "demo:minilm",
+                    "task": "sequence-classification",
+                    "data": {
+                        "train": str(folder / "learnt.tsv"),
+                        "eval": str(folder / f"{part}.tsv"),
+                        "text": ["question"],
+                        "label": "paragraph",
+                    },
+                    "methods": METHODS[name],
+                    "train": {**settings, "seed": seed},
+                    "output": f"{output}/run",
+                }
+            )
+            found = train(file)
+            known[part] = found.metric
+    return {"facts": name, "seed": seed, **known, "peak_bytes": found.peak_bytes, "seconds": found.train_seconds}
+
+
+def fact_rows(
+    rows: list[dict[str, Any]], seeds=SEEDS, settings: dict[str, Any] = FACTS, limit: int | None = None
+) -> list[dict[str, Any]]:
+    """One row per method and seed that `rows` does not have yet."""
+    done = {(row.get("facts"), row.get("seed")) for row in rows}
+    with tempfile.TemporaryDirectory() as folder:
+        write_facts(Path(folder), limit)
+        for seed, name in itertools.product(seeds, METHODS):
+            if (name, seed) not in done:
+                found = fact_row(Path(folder), name, seed, settings)
+                rows.append(found)
+                save(rows)
+                print(found, flush=True)
+    return rows
+
+
+def save(rows: list[dict[str, Any]]) -> None:
+    settings = {"size": SIZE, "tokens": TOKENS, "top_k": TOP_K, "touched": TOUCHED, "rounds": ROUNDS, "facts": FACTS}
+    record.write(NAME, settings, rows)
+
+
+def run() -> list[dict[str, Any]]:
+    """Host, device, facts; each row is written as it is made, and the next call goes on."""
+    import torch
+
+    torch.set_num_threads(1)
+    rows = (record.read(NAME) or {"rows": []})["rows"]
+    for width in WIDTHS:
+        if not any(row.get("width") == width for row in rows):
+            rows.append(host_row(width))
+            save(rows)
+            print(rows[-1], flush=True)
+    if not any("device" in row for row in rows):
+        rows += device_rows()
+        save(rows)
+    if (record.SHARED / "data" / "xquad").exists():
+        fact_rows(rows)
+    return rows
