@@ -319,6 +319,52 @@ def velora_operator_times(result: dict[str, Any]) -> str:
     return table(["model", "recipe", "step time / Lora (of the fastest steps)"], rows) + "\n" + footer(result)
 
 
+def sparse_adapter(result: dict[str, Any]) -> str:
+    rows = []
+    for row in (r for r in result["rows"] if "width" in r):
+        seconds = {name: 1e3 * value for name, value in row["seconds"].items()}
+        steps = [f"{seconds[name]:,.1f}" for name in ("lookup_of_all", "lookup_of_groups", "gather", "scatter")]
+        own = seconds["row_adamw"]
+        dense = [f"{seconds[name]:,.0f} ({seconds[name] / own:.1f})" for name in ("adamw", "fused_adamw")]
+        rows.append([f"{row['width']:,}", f"{row['bank_bytes'] / 2**30:.2f}", *steps, f"{own:,.1f}", *dense])
+    header = [
+        "width",
+        "bank, GiB",
+        "all rows scored",
+        "rows of 8 groups scored",
+        "gather",
+        "add gradients",
+        "row-wise AdamW",
+    ]
+    header += ["torch's AdamW over all rows (times ours)", "its fused form (times ours)"]
+    return table(header, rows) + "\n" + footer(result)
+
+
+def sparse_adapter_device(result: dict[str, Any]) -> str:
+    rows = [
+        [row["device"], *(mib(n) for n in (row["peak_bytes"], row["by_category"]["host"]))]
+        for row in result["rows"]
+        if "device" in row
+    ]
+    return table(["recipe", "device peak, MiB", "host, MiB"], rows) + "\n" + footer(result)
+
+
+def sparse_adapter_facts(result: dict[str, Any]) -> str:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in (r for r in result["rows"] if "facts" in r):
+        found.setdefault(row["facts"], []).append(row)
+    rows = []
+    for name, runs in found.items():
+        cells = []
+        for key in ("learnt", "unseen"):
+            values = [run[key] for run in runs]
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3f}{spread}")
+        rows.append([name, *cells, mib(statistics.mean(run["peak_bytes"] for run in runs)), str(len(runs))])
+    header = ["recipe", "learnt questions known", "questions never seen", "peak, MiB", "seeds"]
+    return table(header, rows) + "\n" + footer(result)
+
+
 def token_tune(result: dict[str, Any]) -> str:
     stock = {row["model"]: row for row in result["rows"] if row.get("recipe") == "stock" and "model" in row}
     rows = []
@@ -441,6 +487,9 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "reversible_quality": reversible_quality,
     "reversible_quality.start": reversible_start,
     "reversible_quality.tasks": reversible_tasks,
+    "sparse_adapter": sparse_adapter,
+    "sparse_adapter.device": sparse_adapter_device,
+    "sparse_adapter.facts": sparse_adapter_facts,
     "step_time": step_time,
     "token_tune": token_tune,
     "token_tune.times": token_tune_times,
