@@ -10,8 +10,8 @@ from checks.state import logits
 from sparse_adapter_cases import FAMILIES, applied, build, dense
 
 import tightfit
-from tightfit import SparseAdapter
-from tightfit.core.errors import ArtifactError, SelectorError, StateError
+from tightfit import Checkpointing, FusedOps, Lora, Mesa, Reversible, SparseAdapter
+from tightfit.core.errors import ArtifactError, ConflictError, SelectorError, StateError
 from tightfit.methods.sparse_adapter import HostMemoryError, NotFiniteError, bank
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -181,7 +181,7 @@ def test_where_rows_are_kept_changes_no_bit(fields):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fields", [{}, {"retain": "refetch"}, {"lookahead": 1}])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_changes_no_bit_and_selects_once(family, fields, reentrant):
@@ -390,3 +390,52 @@ def test_merging_is_refused_and_removing_gives_the_base_back(tmp_path):
     batch = models.batch(model)
     assert torch.equal(logits(model, batch), logits(build("llama"), batch))
     assert part.layers[0].bank.hollow
+
+
+# -- with other methods ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("beside", [FusedOps(), Mesa(), Checkpointing()], ids=repr)
+def test_rows_get_the_same_gradients_beside_other_methods(family, beside):
+    batch, results = models.batch(build(family)), []
+    for others in ((), (beside,)):
+        model = build(family)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        found = tightfit.apply(model, tightfit.chain(SparseAdapter(width=48, top_k=5, freeze=False), *others))
+        part = SparseAdapter.of(found)
+        for layer in part.layers:
+            layer.bank.values.copy_(layer.bank.keys)
+        backward(model, batch)
+        results.append(row_grads(part))
+    tolerance = 0.05 if isinstance(beside, Mesa) else 1e-5
+    for a, b in zip(*results):
+        assert (a - b).norm() <= tolerance * a.norm()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_on_the_same_layers_do_not_scale_the_rows(dora):
+    settings = {"peft_type": "LORA", "r": 2, "use_dora": dora, "target_modules": "all-linear"}
+    model = build("llama")
+    found = tightfit.apply(model, tightfit.chain(SparseAdapter(width=48, top_k=5), Lora(config=settings)))
+    part, mlp, h = SparseAdapter.of(found), model.model.layers[0].mlp, torch.randn(2, 4, 32)
+    layer = part.layers[0]
+    layer.bank.values.copy_(layer.bank.keys)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1.5)  # DoRA multiplies the layer's output
+        beside = mlp(h)
+        with part.disabled():
+            beside = beside - mlp(h)
+        torch.testing.assert_close(beside, layer(h), rtol=1e-4, atol=1e-5)
+    assert beside.abs().max() > 1e-3
+    loss = backward(model, models.batch(model))
+    assert torch.isfinite(loss) and layer.bank.pending
+
+
+def test_it_is_refused_where_blocks_are_run_by_a_tape():
+    model = build("llama")
+    with pytest.raises(ConflictError, match=r"both take over model\.layers\.0"):
+        tightfit.apply(model, tightfit.chain(SparseAdapter(width=64), Reversible()))

@@ -56,11 +56,14 @@ def test_host_bytes_are_those_of_the_arrays(fields):
     assert plan.by_category["host"] == part.host_bytes()
 
 
-CASES = [(family, {}) for family in FAMILIES] + [
-    ("llama", {"retain": "refetch"}),
-    ("llama", {"lookahead": 1}),
-    ("llama", {"groups": 8, "probe": 2, "gate": "sigmoid"}),
+CASES = [
+    ("llama", {}),
+    ("t5", {"retain": "refetch"}),
     ("bert", {"selection": "union"}),
+    *(pytest.param(family, {}, marks=pytest.mark.slow) for family in FAMILIES[1:]),
+    pytest.param("llama", {"retain": "refetch"}, marks=pytest.mark.slow),
+    pytest.param("llama", {"lookahead": 1}, marks=pytest.mark.slow),
+    pytest.param("llama", {"groups": 8, "probe": 2, "gate": "sigmoid"}, marks=pytest.mark.slow),
 ]
 
 
@@ -75,7 +78,7 @@ def test_the_plan_is_the_real_step_where_the_slot_is_full(family, fields):
             assert abs(predicted / measured - 1) < 1e-3, name
 
 
-@pytest.mark.parametrize("fields", [{}, {"groups": 16, "probe": 4}])
+@pytest.mark.parametrize("fields", [{}, pytest.param({"groups": 16, "probe": 4}, marks=pytest.mark.slow)])
 def test_a_step_asks_the_allocator_for_the_same_whatever_the_width(fields):
     peaks = []
     for width in (512, 8192):
