@@ -452,6 +452,45 @@ def reversible_tasks(result: dict[str, Any]) -> str:
     return table(["recipe", *(f"{task}, {metric}" for task, metric in tasks.items())], rows) + "\n" + footer(result)
 
 
+def side(result: dict[str, Any]) -> str:
+    peaks = [row for row in result["rows"] if "planned_peak_bytes" in row]
+    stock = {row["model"]: row for row in peaks if row["recipe"] == "stock"}
+    rows = []
+    for row in peaks:
+        base = stock[row["model"]]
+        cells = [f"{mib(row[key])} ({row[key] / base[key]:.2f})" for key in ("saved_bytes", "planned_peak_bytes")]
+        rows.append([row["model"], row["recipe"], f"{row['trainable_parameters']:,}", *cells])
+    header = [
+        "model",
+        "recipe",
+        "parameters that train",
+        "saved, MiB (of stock)",
+        "peak above the weights, MiB (of stock)",
+    ]
+    return table(header, rows) + "\n" + footer(result)
+
+
+def side_times(result: dict[str, Any]) -> str:
+    rows = [
+        [row["model"], row["recipe"], f"{row['measured']:.2f} ({row['measured_least']:.2f})"]
+        for row in result["rows"]
+        if "seconds" in row
+    ]
+    return (
+        table(["model (fewer blocks)", "recipe", "step time / stock (of the fastest steps)"], rows)
+        + "\n"
+        + footer(result)
+    )
+
+
+def side_images(result: dict[str, Any]) -> str:
+    rows = []
+    for recipe in dict.fromkeys(row["recipe"] for row in result["rows"]):
+        own = [row for row in result["rows"] if row["recipe"] == recipe]
+        rows.append([recipe, f"{own[0]['trainable_parameters']:,}", spread([row["accuracy"] for row in own])])
+    return table(["recipe", "parameters that train", "accuracy (range over seeds)"], rows) + "\n" + footer(result)
+
+
 def phase_errors(row: dict[str, Any]) -> dict[str, float]:
     """Signed relative error of the highest level of each phase."""
     return {p: row["predicted_phases"][p] / level - 1 for p, level in row["measured_phases"].items()}
@@ -495,6 +534,10 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "token_tune.times": token_tune_times,
     "token_tune_language": token_tune_language,
     "token_tune_quality": quality,
+    "side": side,
+    "side.times": side_times,
+    "side_images": side_images,
+    "side_quality": reversible_tasks,
     "velora_operator": velora_operator,
     "velora_operator.layers": velora_operator_layers,
     "velora_operator.times": velora_operator_times,
