@@ -58,8 +58,8 @@ def row_adamw(
         >>> tensors = [torch.zeros(3, 2) for _ in range(4)]
         >>> tensors[1][1] = 5.0
         >>> row_adamw(*tensors, np.zeros(3, int), np.array([1]), 0.125, AdamW(), Workspace())
-        >>> tensors[0].tolist(), tensors[1].abs().sum().item()
-        ([[0.0, 0.0], [-0.125, -0.125], [0.0, 0.0]], 0.0)
+        >>> (1000 * tensors[0]).round().tolist(), tensors[1].abs().sum().item()
+        ([[0.0, 0.0], [-125.0, -125.0], [0.0, 0.0]], 0.0)
 
     Source: Adam (arXiv 1412.6980) with decoupled decay (arXiv 1711.05101), row by row: a row that got no gradient is
     neither moved by its momentum nor decayed.
