@@ -63,6 +63,7 @@ def test_it_recommends_where_a_recipe_does_not_fit(recipe, peak, tmp_path):
     assert "exists" in refused("plan", recipe, "--budget", budget, "--output", tmp_path / "fits.yaml")
 
 
+@pytest.mark.slow
 def test_the_recommended_recipe_trains(recipe, peak, tmp_path):
     arguments = ["--budget", f"{peak - 8 * KIB} B", "--output", tmp_path / "fits.yaml", "--tune", "adapters"]
     assert run("plan", recipe, *arguments).exit_code == 0

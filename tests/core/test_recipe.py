@@ -48,7 +48,7 @@ def test_chain_refuses_other_things(item, said):
         ("Lora", r"methods: got str, accepted is a list"),
         ([3], r"methods\[0\]: got 3, accepted is one method"),
         ([{"Lora": {}, "Checkpointing": {}}], r"methods\[0\]: got .*accepted is one method"),
-        (["Checkpointing", "Loar"], r"methods\[1\]: unknown method 'Loar'; did you mean 'Lora'\?; known are .*Lora"),
+        (["Checkpointing", "Loraa"], r"methods\[1\]: unknown method 'Loraa'; did you mean 'Lora'\?; known are .*Lora"),
         ([{"Lora": [8]}], r"methods\[0\].Lora: got \[8\], accepted is a mapping"),
         (
             [{"Lora": {"rnak": 8}}],

@@ -69,7 +69,7 @@ def loss_of(out):
     ],
     ids=["decoder, foreach", "encoder-decoder, loop", "codes", "samples"],
 )
-@pytest.mark.parametrize("blocks, how", [(6, True), (10, "unchecked")])
+@pytest.mark.parametrize("blocks, how", [(6, True), pytest.param(10, "unchecked", marks=pytest.mark.slow)])
 def test_short_stacks_extend_to_the_whole_one_to_the_byte(make, options, blocks, how):
     model = make(blocks)
     full = simulate(model, (2, 16), extrapolate=False, **options)

@@ -137,8 +137,8 @@ def _plan(wishes: Wishes, advisor: Advisor, only: list[type[Transform]] | None) 
     if wishes.budget is None:
         _print_plan(wishes, found, more, measured)
         return
-    from tightfit.core.plan import mib
     from tightfit.core.fitting import need
+    from tightfit.core.plan import mib
 
     limit = _limit(wishes)
     if need(found) <= limit:
