@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import statistics
@@ -162,27 +163,28 @@ def sampling_error(result: dict[str, Any]) -> str:
     return by_model(result, "error", 2)
 
 
-def quality(result: dict[str, Any]) -> str:
-    """A line per recipe: its metric on every task, in points, the mean over seeds, and the mean over tasks."""
-    tasks = list(dict.fromkeys(row["task"] for row in result["rows"]))
+def quality(result: dict[str, Any], group: str) -> str:
+    """A line per recipe: its metric on every task, in points, the mean over seeds; and how far it is from its base."""
+    groups = result["config"]["groups"]
+    recipes = [*groups["baselines"], *groups[group]]
+    own = [row for row in result["rows"] if row["recipe"] in recipes]
+    tasks = {row["task"]: row["metric"] for row in own if row["recipe"] in groups[group]}
     values: dict[tuple[str, str], dict[int, float]] = {}
-    for row in result["rows"]:
+    for row in own:
         values.setdefault((row["recipe"], row["task"]), {})[row["seed"]] = 100 * row["value"]
-    rows, seeds = [], set()
-    for recipe in dict.fromkeys(row["recipe"] for row in result["rows"]):
+    rows, seeds = [], {len(found) for (_, task), found in values.items() if task in tasks}
+    for recipe in recipes:
         base = "Lora" if recipe.startswith("Lora + ") else "stock"
         cells, differences = [], []
         for task in tasks:
             found, others = values.get((recipe, task), {}), values.get((base, task), {})
-            cells.append(f"{statistics.fmean(found.values()):.1f}" if found else "")
-            both = found.keys() & others.keys()  # a run that is not there yet must not move the mean
-            differences += [found[seed] - others[seed] for seed in both]
-            seeds.add(len(found))
-        mean = statistics.fmean(differences) if differences and recipe != base else None
-        rows.append([recipe, *cells, "" if mean is None else f"{mean:+.2f} to {base}"])
-    metric = {row["task"]: row["metric"] for row in result["rows"]}
-    header = ["recipe", *(f"{task}, {metric[task]}" for task in tasks), "mean difference"]
-    count = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else str(max(seeds))
+            cells.append(f"{statistics.fmean(found.values()):.1f}" if found else "-")
+            # a run that is not there yet must not move the mean
+            differences += [found[seed] - others[seed] for seed in found.keys() & others.keys()]
+        mean = f"{statistics.fmean(differences):+.2f} to {base}" if differences and recipe != base else ""
+        rows.append([recipe, *cells, mean])
+    header = ["recipe", *(f"{task}, {metric}" for task, metric in tasks.items()), "mean difference"]
+    count = "-".join(map(str, sorted({min(seeds), max(seeds)}))) if seeds else "no"
     return table(header, rows) + f"\n\nIn points; means over {count} seeds.\n" + footer(result)
 
 
@@ -442,16 +444,6 @@ def reversible_quality(result: dict[str, Any]) -> str:
     return table(header, rows) + "\n" + footer(result)
 
 
-def reversible_tasks(result: dict[str, Any]) -> str:
-    own = [row for row in result["rows"] if "task" in row]
-    tasks = {row["task"]: row["metric"] for row in own}
-    rows = []
-    for recipe in dict.fromkeys(row["recipe"] for row in own):
-        values = [[r["value"] for r in own if (r["task"], r["recipe"]) == (task, recipe)] for task in tasks]
-        rows.append([recipe, *(spread(found) if found else "-" for found in values)])
-    return table(["recipe", *(f"{task}, {metric}" for task, metric in tasks.items())], rows) + "\n" + footer(result)
-
-
 def side(result: dict[str, Any]) -> str:
     peaks = [row for row in result["rows"] if "planned_peak_bytes" in row]
     stock = {row["model"]: row for row in peaks if row["recipe"] == "stock"}
@@ -516,7 +508,10 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "plan_accuracy.rows": plan_accuracy_rows,
     "activations": activations,
     "activation_time": activation_time,
-    "activation_quality": quality,
+    "quality.activations": functools.partial(quality, group="activations"),
+    "quality.tokens": functools.partial(quality, group="tokens"),
+    "quality.reversible": functools.partial(quality, group="reversible"),
+    "quality.side": functools.partial(quality, group="side"),
     "sampling_error": sampling_error,
     "extrapolation": extrapolation,
     "planning_cost": planning_cost,
@@ -525,7 +520,6 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "reversible.times": reversible_times,
     "reversible_quality": reversible_quality,
     "reversible_quality.start": reversible_start,
-    "reversible_quality.tasks": reversible_tasks,
     "sparse_adapter": sparse_adapter,
     "sparse_adapter.device": sparse_adapter_device,
     "sparse_adapter.facts": sparse_adapter_facts,
@@ -533,11 +527,9 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "token_tune": token_tune,
     "token_tune.times": token_tune_times,
     "token_tune_language": token_tune_language,
-    "token_tune_quality": quality,
     "side": side,
     "side.times": side_times,
     "side_images": side_images,
-    "side_quality": reversible_tasks,
     "velora_operator": velora_operator,
     "velora_operator.layers": velora_operator_layers,
     "velora_operator.times": velora_operator_times,

@@ -1,24 +1,20 @@
 """Reversible against stock blocks: how near it begins, and what comes out of training.
 
 At the beginning: a small Llama's predictions of the next token (KL to the stock model's), and the sentence vectors of
-MiniLM. After training: the Llama from stories to Shakespeare, also as the plain model that an export gives, and MiniLM
-on real tasks. Needs the folder of models and data beside the project.
+MiniLM. After training: the Llama from stories to Shakespeare, also as the plain model that an export gives. Real tasks
+are in `quality`. Needs the folder of models and data beside the project.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import tempfile
 import warnings
-from pathlib import Path
 from typing import Any
 
 import record
 import torch
 import torch.nn.functional as F
-from activation_quality import ADAPTERS, EPOCHS, METRICS, TASKS
-from tasks import recipe_file
 from token_tune_language import held_out_loss, windows
 
 NAME = "reversible_quality"
@@ -47,7 +43,6 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "adapters, meft1": [{"Reversible": ADAPTED}],
     "adapters, meft1 as published": [{"Reversible": {**PUBLISHED, **ADAPTED}}],
 }
-ON_TASKS = ("Lora", "Lora + Reversible", "Lora + Reversible, annealed", "adapters, meft1")
 SETTINGS: dict[str, Any] = {
     "steps": 600,
     "rows": 8,
@@ -55,7 +50,6 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "held_out": 64,
     "sentences": 256,
-    "tasks": ["CoLA", "MRPC", "SST-2"],
 }
 
 
@@ -160,24 +154,8 @@ def _adapts(method: dict[str, Any]) -> bool:
     return "Lora" in method or method.get("Reversible", {}).get("adapter_dim") is not None
 
 
-def task_row(task: str, recipe: str, seed: int) -> dict[str, Any]:
-    """The metric of MiniLM on a task after training."""
-    from tightfit.train.run import prepare, train
-
-    settings = {**ADAPTERS, "epochs": EPOCHS[task], "seed": seed}
-    with tempfile.TemporaryDirectory() as folder:
-        file = recipe_file(TASKS[task], RECIPES[recipe], settings, Path(folder) / "run")
-        found = train(file, prepared=prepare(file))
-    return {
-        "task": task,
-        "metric": METRICS[task],
-        "value": found.metrics[METRICS[task]],
-        "peak_bytes": found.peak_bytes,
-    }
-
-
 def run(settings: dict[str, Any] = SETTINGS, seeds: tuple[int, ...] = SEEDS, name: str = NAME) -> list[dict[str, Any]]:
-    """Rows with `start`, rows with `loss` by recipe and seed, rows with `task`; resumes."""
+    """Rows with `start`, then rows with `loss` by recipe and seed; resumes."""
     torch.set_num_threads(1)
     config = {"settings": settings, "start": START, "recipes": RECIPES}
     earlier = record.read(name)
@@ -185,14 +163,11 @@ def run(settings: dict[str, Any] = SETTINGS, seeds: tuple[int, ...] = SEEDS, nam
     if not any("start" in row for row in rows):
         rows += start_of_language(settings) + start_of_sentences(settings)
         record.write(name, config, rows)
-    done = {(row.get("task"), row["recipe"], row["seed"]) for row in rows if "seed" in row}
-    work = [(None, recipe, seed) for seed in seeds for recipe in RECIPES]
-    work += [(task, recipe, seed) for task, seed, recipe in itertools.product(settings["tasks"], seeds, ON_TASKS)]
-    for task, recipe, seed in work:
-        if (task, recipe, seed) in done:
+    done = {(row["recipe"], row["seed"]) for row in rows if "seed" in row}
+    for seed, recipe in itertools.product(seeds, RECIPES):
+        if (recipe, seed) in done:
             continue
-        found = trained(RECIPES[recipe], seed, settings) if task is None else task_row(task, recipe, seed)
-        rows.append({"recipe": recipe, "seed": seed, **found})
+        rows.append({"recipe": recipe, "seed": seed, **trained(RECIPES[recipe], seed, settings)})
         record.write(name, config, rows)
         print(rows[-1], flush=True)
     return rows

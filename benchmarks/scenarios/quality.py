@@ -1,0 +1,180 @@
+"""Every method on real tasks beside stock and LoRA: MiniLM's metric after training, by seed.
+
+Needs the data folder beside the project and the MiniLM package. A run takes some CPU minutes, all of them more than a
+CPU day: each is written as it ends, and the next call goes on. Seeds are the outer loop, so that every recipe has a
+first figure before any has a second.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import record
+from tasks import recipe_file
+
+NAME = "quality"
+QUICK = False
+SEEDS = (0, 1, 2)
+TASKS: dict[str, dict[str, Any]] = {
+    "SST-2": {
+        "data": {
+            "train": "sst2/train.tsv.gz",
+            "eval": "sst2/dev.tsv",
+            "text": ["sentence"],
+            "label": "label",
+            "rows": 5000,
+        },
+        "metric": "accuracy",
+        "epochs": 1,
+    },
+    "STS-B": {
+        "data": {
+            "train": "stsb_multi/stsb-en-train.csv.gz",
+            "eval": "stsb_multi/stsb-en-dev.csv.gz",
+            "columns": ["first", "second", "score"],
+            "text": ["first", "second"],
+            "label": "score",
+            "regression": True,
+        },
+        "metric": "pearson",
+        "epochs": 1,
+    },
+    "CoLA": {
+        "data": {
+            "train": "cola/train.tsv.gz",
+            "eval": "cola/dev.tsv",
+            "columns": ["source", "label", "note", "sentence"],
+            "text": ["sentence"],
+            "label": "label",
+        },
+        "metric": "matthews",
+        "epochs": 1,
+    },
+    "MRPC": {
+        "data": {
+            "train": "mrpc/msr_paraphrase_train.txt.gz",
+            "eval": "mrpc/msr_paraphrase_test.txt.gz",
+            "format": "tsv",
+            "text": ["#1 String", "#2 String"],
+            "label": "Quality",
+        },
+        "metric": "f1",
+        "epochs": 3,
+    },
+    "Banking77": {
+        "data": {
+            "train": "banking77/train.csv.gz",
+            "eval": "banking77/test.csv",
+            "text": ["text"],
+            "label": "category",
+        },
+        "metric": "accuracy",
+        "epochs": 3,
+    },
+}
+COMMON = {"batch_size": 32, "max_length": 128, "warmup_ratio": 0.1}
+FULL, ADAPTERS, SIDE = ({**COMMON, "learning_rate": rate} for rate in (1.0e-4, 1.0e-3, 3.0e-3))
+LORA: list[dict[str, Any]] = [{"Lora": {}}]
+FUSED: list[dict[str, Any]] = [{"FusedOps": {}}]
+LADDER = {"reduction": 4}
+GROUPS: dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]] = {
+    "baselines": {"stock": (FULL, []), "Lora": (ADAPTERS, LORA)},
+    "activations": {
+        "FusedOps": (FULL, FUSED),
+        "FusedOps + Mesa": (FULL, [*FUSED, {"Mesa": {}}]),
+        "FusedOps + WtaCrs": (FULL, [*FUSED, {"WtaCrs": {}}]),
+        "WtaCrs": (FULL, [{"WtaCrs": {}}]),
+        "Lora + Velora": (ADAPTERS, [*LORA, {"Velora": {"where": "*"}}]),
+    },
+    "tokens": {
+        "TokenTune 16": (FULL, [{"TokenTune": {"count": 16}}]),
+        "TokenTune 16, by score": (FULL, [{"TokenTune": {"count": 16, "policy": "score"}}]),
+        "Lora + TokenTune 16": (ADAPTERS, [*LORA, {"TokenTune": {"count": 16}}]),
+    },
+    "reversible": {
+        "Lora + Reversible": (ADAPTERS, [*LORA, {"Reversible": {}}]),
+        "Lora + Reversible, annealed": (ADAPTERS, [*LORA, {"Reversible": {"anneal": 0.3}}]),
+        "adapters, meft1": (
+            ADAPTERS,
+            [{"Reversible": {"variant": "meft1", "adapter_dim": 16, "merge": "weighted"}}],
+        ),
+    },
+    "side": {
+        "LadderSide": (SIDE, [{"LadderSide": LADDER}]),
+        "LadderSide, r = 8": (SIDE, [{"LadderSide": {}}]),
+        "LadderSide, pool": (SIDE, [{"LadderSide": {**LADDER, "projection": "pool"}}]),
+        "LadderSide, linear": (SIDE, [{"LadderSide": {**LADDER, "projection": "linear"}}]),
+        "LadderSide, random": (SIDE, [{"LadderSide": {**LADDER, "init": "random"}}]),
+        "LadderSide, as published": (
+            SIDE,
+            [{"LadderSide": {**LADDER, "projection": "linear", "merge": "side"}}],
+        ),
+        "Sherl": (SIDE, [{"Sherl": {"reduction": 4}}]),
+        "Losa": (SIDE, [{"Losa": {}}]),
+    },
+}
+ONLY = {"Banking77": ("baselines", "tokens")}
+"""Tasks that not every group is for."""
+
+
+def work(
+    tasks: dict[str, dict[str, Any]], seeds: Sequence[int]
+) -> list[tuple[str, str, int, dict[str, Any], list[dict[str, Any]]]]:
+    """(task, recipe, seed, settings, methods) of every run."""
+    runs = []
+    for seed, task, group in itertools.product(seeds, tasks, GROUPS):
+        if group in ONLY.get(task, GROUPS):
+            for recipe, (rates, methods) in GROUPS[group].items():
+                settings = {**rates, "epochs": tasks[task]["epochs"], "seed": seed}
+                runs.append((task, recipe, seed, settings, methods))
+    return runs
+
+
+def run(
+    tasks: dict[str, dict[str, Any]] = TASKS, seeds: Sequence[int] = SEEDS, name: str = NAME, **changed: Any
+) -> list[dict[str, Any]]:
+    """One row per seed, task and recipe; a row of an earlier call counts as long as its run would be the same."""
+    from tightfit.train.run import prepare, train
+
+    earlier = record.read(name)
+    rows: list[dict[str, Any]] = []
+    known = {} if earlier is None else {_key(row): row for row in earlier["rows"]}
+    config = {"tasks": tasks, "groups": GROUPS}
+    for task, recipe, seed, settings, methods in work(tasks, seeds):
+        row = {
+            "task": task,
+            "recipe": recipe,
+            "seed": seed,
+            "data": tasks[task]["data"],
+            "train": {**settings, **changed},
+            "methods": methods,
+            "metric": tasks[task]["metric"],
+        }
+        if (found := known.pop(_key(row), None)) is not None:
+            rows.append(found)
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            file = recipe_file(row["data"], methods, row["train"], Path(folder) / "run")
+            result = train(file, prepared=prepare(file))
+        rows.append(
+            {
+                **row,
+                "value": result.metrics[row["metric"]],
+                "metrics": result.metrics,
+                "peak_bytes": result.peak_bytes,
+                "predicted_peak_bytes": result.predicted_peak_bytes,
+            }
+        )
+        record.write(name, config, [*rows, *known.values()])
+        print({key: rows[-1][key] for key in ("task", "recipe", "seed", "value")}, flush=True)
+    return rows
+
+
+def _key(row: dict[str, Any]) -> str:
+    """What makes two runs the same."""
+    return json.dumps([row[key] for key in ("data", "train", "methods", "metric")], sort_keys=True)
