@@ -134,6 +134,15 @@ def test_every_operator_of_every_family_has_a_price(known, family):
     assert not found.unpriced
 
 
+def test_custom_operators_pay_for_their_way_through_python(known, stock):
+    def seconds(operator):
+        call = ("forward", operator, "float32", ((4, 4),), ((4, 4),))
+        return timing.step_time(dataclasses.replace(stock, calls={call: 1000}), known).by_kind
+
+    own, torchs = seconds("mine.codec.default")["unknown"], seconds("aten.clone.default")["copy"]
+    assert own == pytest.approx(torchs + 1000 * (timing.THROUGH_PYTHON - 1) * known.dispatch["forward"])
+
+
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_recomputation_is_counted(known, name):
     plain, again = (stepped(name, recipe, vocabulary=100) for recipe in (None, tightfit.Checkpointing()))
