@@ -106,6 +106,7 @@ def test_only_some_methods(recipe, peak):
     assert choices and named <= {"Checkpointing"}
 
 
+@pytest.mark.slow
 def test_how_far_it_reaches(recipe, peak):
     result = run("plan", recipe, "--budget", f"{2 * peak} B", "--largest-batch", "--longest-sequence", "--json")
     assert result.exit_code == 0, result.stderr

@@ -65,7 +65,11 @@ def _three_steps(recipe):
     return model.state_dict()
 
 
-@pytest.mark.parametrize("four", [FOUR, (*FOUR[:3], tightfit.Lora(rank=2))], ids=["one-of-each-kind", "with-lora"])
+@pytest.mark.parametrize(
+    "four",
+    [FOUR, pytest.param((*FOUR[:3], tightfit.Lora(rank=2)), marks=pytest.mark.slow)],
+    ids=["one-of-each-kind", "with-lora"],
+)
 def test_all_orders_give_the_same_bits(four):
     first = _three_steps(tightfit.chain(*four))
     for order in itertools.permutations(four):

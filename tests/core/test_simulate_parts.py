@@ -64,7 +64,9 @@ def loss_of(out):
     [
         (llama, {"optimizer": "adamw-foreach"}),
         (t5, {}),
-        (lambda blocks: edited(llama(blocks), tightfit.FusedOps(), tightfit.Mesa()), {}),
+        pytest.param(
+            lambda blocks: edited(llama(blocks), tightfit.FusedOps(), tightfit.Mesa()), {}, marks=pytest.mark.slow
+        ),
         (lambda blocks: edited(llama(blocks), tightfit.WtaCrs(scores="running")), {}),
     ],
     ids=["decoder, foreach", "encoder-decoder, loop", "codes", "samples"],

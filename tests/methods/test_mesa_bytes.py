@@ -55,7 +55,8 @@ def test_a_block_keeps_what_its_codes_take_bert(bits):
     assert block_bytes("bert", mixed) == norms + mlp + attention
 
 
-@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
 def test_a_block_keeps_what_its_codes_take_llama(bits):
     code = Affine(bits).nbytes
     rest = 2 * (code((ROWS, D), F32) + 4 * ROWS) + 2 * code((ROWS, FF), F32)

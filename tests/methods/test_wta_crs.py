@@ -343,7 +343,7 @@ def test_eval_and_frozen_layers_are_stock():
 @pytest.mark.parametrize(
     "recipe", [(WtaCrs(),), (FusedOps(), WtaCrs()), (Mesa(), WtaCrs())], ids=["alone", "fused", "mesa"]
 )
-@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("family", ["bert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "t5"))])
 def test_planned_bytes_are_kept_bytes(family, recipe):
     stock, applied = applied_to(family, *recipe, dtype=torch.float32)
     batch = models.batch(stock, size=4, length=24)
