@@ -36,7 +36,7 @@ def named(text: str) -> Recipe:
     """The recipe a name stands for: a preset, a method's short name, or several of them joined by `+`.
 
     Raises:
-        RecipeError: an unknown name, or a method named twice.
+        RecipeError: an unknown name, a method that needs fields, or a method named twice.
 
     Example:
         >>> from tightfit.presets import named
@@ -51,7 +51,12 @@ def named(text: str) -> Recipe:
         if key.replace("-", "_") in known:
             recipe = chain(recipe, known[key.replace("-", "_")])
         elif key in short:
-            recipe = chain(recipe, short[key]())
+            try:
+                recipe = chain(recipe, short[key]())
+            except (TypeError, ValueError) as error:  # a method that has no defaults
+                raise RecipeError(
+                    f"methods: {part.strip()!r} cannot be named alone, put it into a file: {error}"
+                ) from error
         else:
             names = list(dict.fromkeys([*short, *(name.replace("_", "-") for name in known)]))
             raise RecipeError(f"methods: unknown name {part.strip()!r}{near(key, names)}; known are {', '.join(names)}")

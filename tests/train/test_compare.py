@@ -99,7 +99,12 @@ def test_names_of_recipes():
     assert str(named("stock")) == "stock" and len(presets()) >= 6
     assert named("lora+checkpointing") == presets()["lora_checkpointing"] == named("lora-checkpointing")
     assert [t.name for t in named("partial-embedding + lora")] == ["partial-embedding", "lora"]
-    for name, words in [("loraa", "did you mean 'lora'"), ("", "unknown name ''"), ("lora+lora", "twice")]:
+    for name, words in [
+        ("loraa", "did you mean 'lora'"),
+        ("", "unknown name ''"),
+        ("lora+lora", "twice"),
+        ("token-tune", "ratio"),
+    ]:
         with pytest.raises(RecipeError, match=words):
             named(name)
 
