@@ -13,8 +13,20 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+
+
+def forward_backward(applied: Any, batch: dict[str, Any]) -> Callable[[], None]:
+    """A step of an applied recipe without its optimizer."""
+
+    def step() -> None:
+        applied.model(**batch).loss.backward()
+        for parameter in applied.parameters():
+            parameter.grad = None
+
+    return step
 
 
 def serve(make: Callable[[], Callable[[], None]], requests) -> None:

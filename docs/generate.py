@@ -383,13 +383,14 @@ def token_tune(result: dict[str, Any]) -> str:
     return table(header, rows) + "\n" + footer(result)
 
 
-def token_tune_times(result: dict[str, Any]) -> str:
+def times(result: dict[str, Any], *, told_by: str, columns: dict[str, str], ratio: str) -> str:
+    """A line per row that was timed (it has the key `told_by`): its `columns`, and the ratio of two step times."""
     rows = [
-        [row["timed_model"], row["recipe"], f"{row['measured']:.2f} ({row['measured_least']:.2f})"]
+        [*(row[key] for key in columns), f"{row['measured']:.2f} ({row['measured_least']:.2f})"]
         for row in result["rows"]
-        if "timed_model" in row
+        if told_by in row
     ]
-    return table(["model", "recipe", "step time / stock (of the fastest steps)"], rows) + "\n" + footer(result)
+    return table([*columns.values(), f"{ratio} (of the fastest steps)"], rows) + "\n" + footer(result)
 
 
 def token_tune_language(result: dict[str, Any]) -> str:
@@ -411,15 +412,6 @@ def reversible(result: dict[str, Any]) -> str:
         rows.append([str(row["blocks"]), row["recipe"], *cells, f"{ratio:.2f}"])
     header = ["blocks", "recipe", "saved, MiB", "planned peak", "measured peak, MiB", "of Lora + Checkpointing"]
     return table(header, rows) + "\n" + footer(result)
-
-
-def reversible_times(result: dict[str, Any]) -> str:
-    rows = [
-        [row["recipe"], row["against"], f"{row['measured']:.2f} ({row['measured_least']:.2f})"]
-        for row in result["rows"]
-        if "against" in row
-    ]
-    return table(["recipe", "against", "step time (of the fastest steps)"], rows) + "\n" + footer(result)
 
 
 def reversible_start(result: dict[str, Any]) -> str:
@@ -460,19 +452,6 @@ def side(result: dict[str, Any]) -> str:
         "peak above the weights, MiB (of stock)",
     ]
     return table(header, rows) + "\n" + footer(result)
-
-
-def side_times(result: dict[str, Any]) -> str:
-    rows = [
-        [row["model"], row["recipe"], f"{row['measured']:.2f} ({row['measured_least']:.2f})"]
-        for row in result["rows"]
-        if "seconds" in row
-    ]
-    return (
-        table(["model (fewer blocks)", "recipe", "step time / stock (of the fastest steps)"], rows)
-        + "\n"
-        + footer(result)
-    )
 
 
 def side_images(result: dict[str, Any]) -> str:
@@ -517,7 +496,9 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "planning_cost": planning_cost,
     "recommend": recommend,
     "reversible": reversible,
-    "reversible.times": reversible_times,
+    "reversible.times": functools.partial(
+        times, told_by="against", columns={"recipe": "recipe", "against": "against"}, ratio="step time"
+    ),
     "reversible_quality": reversible_quality,
     "reversible_quality.start": reversible_start,
     "sparse_adapter": sparse_adapter,
@@ -525,10 +506,20 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sparse_adapter.facts": sparse_adapter_facts,
     "step_time": step_time,
     "token_tune": token_tune,
-    "token_tune.times": token_tune_times,
+    "token_tune.times": functools.partial(
+        times,
+        told_by="timed_model",
+        columns={"timed_model": "model", "recipe": "recipe"},
+        ratio="step time / stock",
+    ),
     "token_tune_language": token_tune_language,
     "side": side,
-    "side.times": side_times,
+    "side.times": functools.partial(
+        times,
+        told_by="seconds",
+        columns={"model": "model (fewer blocks)", "recipe": "recipe"},
+        ratio="step time / stock",
+    ),
     "side_images": side_images,
     "velora_operator": velora_operator,
     "velora_operator.layers": velora_operator_layers,

@@ -11,7 +11,7 @@ from typing import Any
 
 import record
 import torch
-from turns import measured, process
+from turns import forward_backward, measured, process
 
 NAME = "reversible"
 QUICK = False
@@ -62,13 +62,7 @@ def stepper(settings: dict[str, Any], methods: list[dict[str, Any]], blocks: int
     model = build(settings, blocks, weights=True)
     batch = example_batch(model, *settings["batch"], padded=False)
     applied = tightfit.apply(model, tightfit.Recipe.from_list(methods))
-
-    def step() -> None:
-        applied.model(**batch).loss.backward()
-        for parameter in applied.parameters():
-            parameter.grad = None
-
-    return step
+    return forward_backward(applied, batch)
 
 
 def planned(settings: dict[str, Any], methods: list[dict[str, Any]], blocks: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import record
 import torch
-from turns import measured, process
+from turns import forward_backward, measured, process
 
 NAME = "side"
 QUICK = False
@@ -98,13 +98,7 @@ def stepper(settings: dict[str, Any], methods: list[dict[str, Any]]):
     model = build(settings, settings["timed"], weights=True)
     batch = example(settings, model)
     applied = tightfit.apply(model, tightfit.Recipe.from_list(methods))
-
-    def step() -> None:
-        applied.model(**batch).loss.backward()
-        for parameter in applied.parameters():
-            parameter.grad = None
-
-    return step
+    return forward_backward(applied, batch)
 
 
 def run(settings: dict[str, Any] = SETTINGS, name: str = NAME) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import record
 import torch
-from turns import measured, process
+from turns import forward_backward, measured, process
 
 NAME = "token_tune"
 QUICK = False
@@ -100,13 +100,7 @@ def stepper(settings: dict[str, Any], methods: list[dict[str, Any]]):
     rows, length = settings["batch"]
     ids = torch.randint(5, 30_000, (rows, length))
     labels = torch.randint(0, 2, (rows,)) if settings["family"] == "bert" else ids
-
-    def step() -> None:
-        applied.model(input_ids=ids, labels=labels).loss.backward()
-        for parameter in applied.parameters():
-            parameter.grad = None
-
-    return step
+    return forward_backward(applied, {"input_ids": ids, "labels": labels})
 
 
 def planned(settings: dict[str, Any], methods: list[dict[str, Any]]) -> dict[str, int]:

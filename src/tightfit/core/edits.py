@@ -13,12 +13,11 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from tightfit.core import hfmodel
 from tightfit.core.edit import Claim, Edit, Handle, Part, is_planning, planning
-from tightfit.core.errors import UnsupportedModelError
+from tightfit.core.errors import StateError, UnsupportedModelError
 from tightfit.core.fields import check_choice
 from tightfit.core.parameter import Codec, ParameterEdit, ParameterHandle
 from tightfit.core.stack import StackMixin, StackRunner, StackState, refuse_skipped_blocks
@@ -184,14 +183,15 @@ class StackEdit(Edit):
 class ChildEdit(Edit):
     """Add a module with parameters of its own below a stock one; a stock state dict does not hold them.
 
-    `make` gets the stock module; while planning it must draw no random numbers. A merge or an export drops the module:
-    where that must not happen, another edit of the method refuses it (`Handle.before_merge`).
+    `make` gets the stock module; while planning it must draw no random numbers. A merge or an export would drop the
+    module, so they are refused; `trained` says whose it is.
     """
 
     slot: Slot = Slot.NEW_PARAMETERS
     module: str
     child: str
     make: Callable[[nn.Module], nn.Module]
+    trained: str
 
     @property
     def target(self) -> str:
@@ -211,9 +211,11 @@ class _ChildHandle(Handle):
     def undo(self, model: nn.Module) -> None:
         self.parent._modules.pop(self.edit.child, None)
 
-    def stock_state(self, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-        for key in [key for key in state if key.startswith(f"{self.edit.target}.")]:
-            del state[key]
+    def before_merge(self, model: nn.Module, verb: str) -> None:
+        raise StateError(
+            f"{verb}(): what {self.edit.trained} has no place in a stock {type(model).__name__}; save() it, and load() "
+            f"it on the same base"
+        )
 
 
 # -- trainable edit ---------------------------------------------------------------------------------------------

@@ -128,6 +128,10 @@ class Fitting:
         options = {**options, "accumulate": min(2, self.effective // size)}
         return draft.plan(cut(self.batch, size), self.optimizer, options)
 
+    def tried(self, recipe: Recipe) -> list[int]:
+        """The numbers of rows at which the recipe was simulated, smallest first."""
+        return [n for n in self.sizes if (recipe, n) in self.plans]
+
     def floor(self, recipe: Recipe) -> int:
         """What the optimizer's step takes at any batch, rather too little than too much.
 
@@ -144,7 +148,7 @@ class Fitting:
 
         It must have been simulated at some number of rows.
         """
-        known = {n: need(self.plans[recipe, n]) for n in self.sizes if (recipe, n) in self.plans}
+        known = {n: need(self.plans[recipe, n]) for n in self.tried(recipe)}
         fits = max((n for n, size in known.items() if size <= self.budget), default=0)
         fails = min((n for n, size in known.items() if size > self.budget), default=self.sizes[-1] + 1)
         between = [n for n in self.sizes if fits < n < fails]
@@ -158,7 +162,7 @@ class Fitting:
 
     def guess(self, recipe: Recipe, size: int) -> float:
         """About what a recipe takes on `size` rows, from the nearest step of it that was simulated."""
-        near = min((n for n in self.sizes if (recipe, n) in self.plans), key=lambda n: max(n, size) / min(n, size))
+        near = min(self.tried(recipe), key=lambda n: max(n, size) / min(n, size))
         found = self.plans[recipe, near]
         guess = estimate(found.simulation, size / near)
         if near == self.effective:  # it did not accumulate, so its own figure says nothing of one that does
@@ -167,7 +171,7 @@ class Fitting:
 
     def settled(self, recipe: Recipe) -> Fit | None:
         """The recipe at the largest micro-batch that was simulated and fits."""
-        fits = [n for n in self.sizes if (recipe, n) in self.plans and need(self.plans[recipe, n]) <= self.budget]
+        fits = [n for n in self.tried(recipe) if need(self.plans[recipe, n]) <= self.budget]
         return self.made(recipe, fits[-1]) if fits else None
 
     def made(self, recipe: Recipe, size: int) -> Fit:
@@ -180,7 +184,7 @@ class Fitting:
 
     def may_fit_after(self, recipe: Recipe, before: Recipe) -> bool:
         """Whether a stronger value of a recipe that does not fit takes enough away: weights, gradients, two moments."""
-        tried = [n for n in self.sizes if (before, n) in self.plans]
+        tried = self.tried(before)
         if not tried:
             return self.floor(recipe) <= self.budget
         least = min(need(self.plans[before, n]) for n in tried)

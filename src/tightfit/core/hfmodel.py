@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -103,6 +104,31 @@ def head_parameters(model: nn.Module) -> list[str]:
     if base is model or has_lm_head(model):
         return []
     return [name for name, _ in model.named_parameters() if not name.startswith(f"{base_name}.")]
+
+
+def body_parameters(model: nn.Module) -> Iterator[str]:
+    """Names of all other parameters: those that came with the checkpoint."""
+    head = set(head_parameters(model))
+    return (name for name, _ in model.named_parameters() if name not in head)
+
+
+def norms_behind(model: nn.Module, block: str) -> Iterator[tuple[str, nn.Module]]:
+    """Norms beside the stack that `block` is of, or further out in its backbone, with their names; nearest first."""
+    parts = block.split(".")[:-2]
+    inside = [part for part in backbone(model)[0].split(".") if part]
+    while True:
+        for name, child in model.get_submodule(".".join(parts)).named_children():
+            if "norm" in type(child).__name__.lower() and "emb" not in name:
+                yield ".".join((*parts, name)), child
+        if not parts or parts == inside:
+            return
+        parts = parts[:-1]
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the part of the model that reads text, or the only one."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 @dataclasses.dataclass(frozen=True)

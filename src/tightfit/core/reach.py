@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from tightfit.core import hfmodel
 from tightfit.core.batch import positions
 from tightfit.core.budget import parse_budget
 from tightfit.core.errors import BudgetError, ConflictError
@@ -94,9 +95,7 @@ def longest_sequence(
     """
     most = parse_budget(budget, device=options.get("device", "cpu"), elsewhere=elsewhere)
     draft = _draft(model, recipe)
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    made_for = getattr(text, "max_position_embeddings", None)
+    made_for = getattr(hfmodel.text_config(model), "max_position_embeddings", None)
     top = min(n for n in (positions(model), made_for, MOST) if isinstance(n, int) and n > 0)
 
     def step(length: int) -> Plan:

@@ -90,7 +90,7 @@ class Search:
         self.fitting.start()
         self.found: dict[Names, Fit] = {}
         self.strength: dict[Names, int] = {}
-        self.per_turn = math.inf
+        self.per_turn: float | None = None
         works = [i for i in range(len(groups)) if self._single(i)]
         freezing = {i for i in works if freezes(groups[i][0], self.model)} if adapters else None
         every = [frozenset(c) for n in range(MOST_TRANSFORMS + 1) for c in itertools.combinations(works, n)]
@@ -156,7 +156,7 @@ class Search:
 
     def _stronger(self, names: Names, before: Recipe) -> bool:
         """Go on to the next stronger values that may fit; False where there are none."""
-        tried = any((before, n) in self.fitting.plans for n in self.fitting.sizes)
+        tried = self.fitting.tried(before)
         while self.strength.get(names, 0) + 1 < max((len(self.groups[i]) for i in names), default=0):
             strength = self.strength[names] = self.strength.get(names, 0) + 1
             if not tried and not any(self._lowers_floor(i, strength) for i in names):
@@ -199,10 +199,10 @@ class Search:
             return self.found[names].time
         recipe = self._recipe(names)
         whole = self._whole_time(names)
-        tried = [n for n in self.fitting.sizes if (recipe, n) in self.fitting.plans]
+        tried = self.fitting.tried(recipe)
         turns = self._turns(self._next_size(names) or min(tried, default=self.fitting.sizes[0]))
         if not tried:
-            return whole * (1 + (turns - 1) * (self.per_turn if self.per_turn < math.inf else 0.0))
+            return whole * (1 + (turns - 1) * (self.per_turn or 0.0))
         near = min(tried, key=lambda n: abs(self._turns(n) - turns))
         cost = max(0.0, self.fitting.made(recipe, near).time - whole) / max(1, self._turns(near) - 1)
         return self.fitting.made(recipe, near).time + (turns - self._turns(near)) * cost
@@ -217,12 +217,13 @@ class Search:
         """Keep the least that a further micro-batch was seen to cost, as a share of the step on the whole batch."""
         if size < self.fitting.sizes[-1]:
             ratio = self.fitting.made(recipe, size).time / self._whole_time(names)
-            self.per_turn = min(self.per_turn, max(0.0, ratio - 1) / (self._turns(size) - 1))
+            cost = max(0.0, ratio - 1) / (self._turns(size) - 1)
+            self.per_turn = cost if self.per_turn is None else min(self.per_turn, cost)
 
     def _next_size(self, names: Names) -> int | None:
         """The rows at which a recipe is simulated next, None for none; at first the most that are guessed to fit."""
         recipe, sizes, budget = self._recipe(names), self.fitting.sizes, self.fitting.budget
-        if any((recipe, n) in self.fitting.plans for n in sizes):
+        if self.fitting.tried(recipe):
             return self.fitting.next_size(recipe)
         known = recipe in self.fitting.drafts
         floor = self.fitting.floor(recipe) if known else self._guessed_floor(names)

@@ -148,9 +148,7 @@ class ReducedHead(HeadSource):
 
 
 def _caps_logits(model: nn.Module) -> bool:
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "final_logit_softcapping", None) is not None
+    return getattr(hfmodel.text_config(model), "final_logit_softcapping", None) is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

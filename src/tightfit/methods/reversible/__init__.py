@@ -19,7 +19,7 @@ from tightfit.core.fields import check_bool, check_choice, check_float, check_in
 from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.reversible.adapters import Mlp, maker, merge_edit, mlp_of, parallel_edits
 from tightfit.methods.reversible.guard import headroom, refuse_inexact
-from tightfit.methods.reversible.names import LAGGED, PARALLEL
+from tightfit.methods.reversible.names import LAGGED, PARALLEL, TRAINED
 from tightfit.methods.reversible.probe import Findings, UntriedError, probe
 from tightfit.methods.reversible.runner import BITS, LARGEST_K, Coupling, Plan, Runner
 from tightfit.methods.reversible.seam import check_cut, seam_edits
@@ -158,15 +158,12 @@ class Reversible(Transform):
         return False
 
     def freezes(self, model: nn.Module) -> Iterator[str]:
-        if self.adapter_dim is None:
-            return iter(())
-        head = set(hfmodel.head_parameters(model))
-        return (name for name, _ in model.named_parameters() if name not in head)
+        return iter(()) if self.adapter_dim is None else hfmodel.body_parameters(model)
 
     def edits(self, model: nn.Module, context: Context) -> Iterator[Edit]:
         spans = self._spans(model)
         names = [name for span in spans for name in span]
-        post_norm = not _has_final_norm(model, names[0])
+        post_norm = next(hfmodel.norms_behind(model, names[0]), None) is None
         plan = Plan(
             halves=self._halves(),
             exact=self.exact,
@@ -193,9 +190,7 @@ class Reversible(Transform):
             yield from parallel_edits(mlps)
         if self.variant == "meft3":
             yield from seam_edits(mlps, post_norm)
-        yield LeavingEdit(
-            blocks=tuple(names), coupling=part, added=self.adapter_dim is not None or self.merge == "concat"
-        )
+        yield LeavingEdit(coupling=part)
 
     def _halves(self) -> tuple[Half, ...]:
         small = 2.0**-self.k if self.exact or self.variant == "two_step" else PUBLISHED
@@ -278,10 +273,11 @@ class Reversible(Transform):
             yield TrainableEdit(parameters=frozen, trainable=False)
             for name, mlp in mlps:
                 make = maker(mlp.width, self.adapter_dim, self.adapter_dropout, self.zero_up)
-                yield ChildEdit(module=name, child=PARALLEL, make=make, note=f"width {self.adapter_dim}")
+                note = f"width {self.adapter_dim}"
+                yield ChildEdit(module=name, child=PARALLEL, make=make, trained=TRAINED, note=note)
                 unread = self.variant == "meft1" and self.merge == "state" and any(name == span[-1] for span in spans)
                 if self.variant != "two_step" and not unread:
-                    yield ChildEdit(module=name, child=LAGGED, make=make, note=f"width {self.adapter_dim}")
+                    yield ChildEdit(module=name, child=LAGGED, make=make, trained=TRAINED, note=note)
         if self.merge == "concat":
             widths = dict(mlps)
             for span in spans:
@@ -299,20 +295,6 @@ def _check_span_field(value: Reversible) -> None:
         raise ValueError(f"Reversible(span=...): got {span}, accepted is 0 <= first < end")
 
 
-def _has_final_norm(model: nn.Module, block: str) -> bool:
-    """Whether a norm stands behind the stack, as in models whose blocks have theirs in front."""
-    parts = block.split(".")[:-2]
-    inside = hfmodel.backbone(model)[0].split(".")
-    while True:
-        parent = model.get_submodule(".".join(parts))
-        for name, child in parent.named_children():
-            if "norm" in type(child).__name__.lower() and "emb" not in name:
-                return True
-        if not parts or parts == inside:
-            return False
-        parts = parts[:-1]
-
-
 def _is_real(model: nn.Module) -> bool:
     """Whether the model has weights, and not only their shapes."""
     return not is_planning() and all(hfmodel.has_values(p) for p in model.parameters())
@@ -324,35 +306,28 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class LeavingEdit(Edit):
-    """Says what a merge or an export leaves behind."""
+    """Says in a merge or an export that the weights were trained with a second stream."""
 
     slot: Slot = Slot.BLOCKS
-    blocks: tuple[str, ...]
     coupling: Coupling
-    added: bool
 
     @property
     def target(self) -> str:
         return "(export)"
 
     def run(self, model: nn.Module) -> Handle:
-        return _LeavingHandle(self)
+        return _LeavingHandle(self.coupling)
 
 
 class _LeavingHandle(Handle):
-    def __init__(self, edit: LeavingEdit):
-        self.edit = edit
+    def __init__(self, coupling: Coupling):
+        self.coupling = coupling
 
     def undo(self, model: nn.Module) -> None:
         pass
 
     def before_merge(self, model: nn.Module, verb: str) -> None:
-        if self.edit.added:
-            raise StateError(
-                f"{verb}(): what Reversible trained beside the blocks (adapters, a merge) has no place in a stock "
-                f"{type(model).__name__}; save() it, and load() it on the same base"
-            )
-        halves = self.edit.coupling.plan.now()
+        halves = self.coupling.plan.now()
         if halves is not None:
             warnings.warn(
                 f"{verb}(): the weights were trained with a second stream (factor {halves[0].factor:g}), and a plain "

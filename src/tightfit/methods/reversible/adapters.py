@@ -15,7 +15,7 @@ from tightfit.core.edits import ChildEdit, Edit, ModulesEdit, is_planning
 from tightfit.core.errors import UnsupportedModelError
 from tightfit.core.tight import state_of
 from tightfit.core.transform import Slot
-from tightfit.methods.reversible.names import MERGE, PARALLEL
+from tightfit.methods.reversible.names import MERGE, PARALLEL, TRAINED
 
 SPREAD = 0.02
 """Standard deviation of new weights."""
@@ -125,7 +125,7 @@ def merge_edit(name: str, width: int) -> Edit:
                 layer.weight.zero_()[:, width:].fill_diagonal_(1.0)
         return layer
 
-    return ChildEdit(module=name, child=MERGE, make=make, note="merges the streams")
+    return ChildEdit(module=name, child=MERGE, make=make, trained=TRAINED, note="merges the streams")
 
 
 def _like(block: nn.Module) -> Tensor:

@@ -1,4 +1,6 @@
-"""Names of the modules that are added to blocks."""
+"""Modules that are added to blocks."""
+
+TRAINED = "Reversible trained beside the blocks (adapters, a merge)"
 
 PARALLEL = "tight_parallel"
 """The adapter beside the MLP."""

@@ -1,4 +1,4 @@
-"""The frozen backbone under a side net: no graph, no dropout, no KV cache in training; what leaves with it."""
+"""The frozen backbone under a side net: no graph, no dropout, no KV cache in training."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import contextlib
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tightfit.core import hfmodel
-from tightfit.core.edits import CallEdit, Claim, Edit, Handle, ModuleEdit, StackEdit, StackRunner, TrainableEdit
+from tightfit.core.edits import CallEdit, ChildEdit, Claim, Edit, ModuleEdit, StackEdit, StackRunner, TrainableEdit
 from tightfit.core.errors import StateError, shorten
 from tightfit.core.tight import state_of
 from tightfit.core.transform import Slot
@@ -23,15 +23,15 @@ SIDE = "tight_side"
 """Name of the modules that are added."""
 
 
-def frozen_names(model: nn.Module) -> Iterator[str]:
-    """Names of the stock parameters that do not train: all but a task head's."""
-    head = set(hfmodel.head_parameters(model))
-    return (name for name, _ in model.named_parameters() if name not in head)
+def side_edit(place: Place, method: str, make: Callable[[nn.Module], nn.Module], note: str) -> ChildEdit:
+    """Add a side net to the module that runs the stack."""
+    trained = f"{method} trained beside the blocks"
+    return ChildEdit(module=place.owner, child=SIDE, make=make, trained=trained, note=note)
 
 
 def frozen_edits(model: nn.Module, method: str, *, dropout: bool, cache: Any = None) -> Iterator[Edit]:
     """Freeze the backbone, and let it run as in evaluation mode while the rest trains."""
-    yield TrainableEdit(parameters=tuple(frozen_names(model)), trainable=False)
+    yield TrainableEdit(parameters=tuple(hfmodel.body_parameters(model)), trainable=False)
     yield CallEdit(
         slot=Slot.BLOCKS,
         where="backbone",
@@ -39,7 +39,6 @@ def frozen_edits(model: nn.Module, method: str, *, dropout: bool, cache: Any = N
         state=lambda module: {"method": method, "dropout": dropout, "cache": cache},
         note="frozen" if dropout else "frozen, without dropout",
     )
-    yield LeavingEdit(method=method)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -146,38 +145,6 @@ def first_tensor(out: Any) -> Tensor:
 def with_first(out: Any, states: Tensor) -> Any:
     """The same with other states."""
     return states if torch.is_tensor(out) else (states, *out[1:])
-
-
-# -- what leaves ----------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class LeavingEdit(Edit):
-    """Says that a stock checkpoint cannot hold what was trained."""
-
-    slot: Slot = Slot.BLOCKS
-    method: str
-
-    @property
-    def target(self) -> str:
-        return "(export)"
-
-    def run(self, model: nn.Module) -> Handle:
-        return _LeavingHandle(self.method)
-
-
-class _LeavingHandle(Handle):
-    def __init__(self, method: str):
-        self.method = method
-
-    def undo(self, model: nn.Module) -> None:
-        pass
-
-    def before_merge(self, model: nn.Module, verb: str) -> None:
-        raise StateError(
-            f"{verb}(): what {self.method} trained stands beside the blocks and has no place in a stock "
-            f"{type(model).__name__}; save() it, and load() it on the same base"
-        )
 
 
 # -- from an encoder to a decoder -------------------------------------------------------------------------------------

@@ -11,19 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.core import hfmodel
-from tightfit.core.edits import ChildEdit, Edit, Part
+from tightfit.core.edits import Edit, Part
 from tightfit.core.errors import UnsupportedModelError
 from tightfit.core.fields import check_bool, check_choice, check_float, check_int
 from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.side.cache import FeatureCache
 from tightfit.methods.side.frozen import (
-    SIDE,
     FrozenStackEdit,
     Link,
     frozen_edits,
-    frozen_names,
     inside,
     link_edits,
+    side_edit,
 )
 from tightfit.methods.side.net import Design, SideNet, build, is_rotary, kept_blocks
 from tightfit.methods.side.places import (
@@ -33,7 +32,6 @@ from tightfit.methods.side.places import (
     check_reduction,
     head_dim,
     places,
-    text_config,
 )
 from tightfit.methods.side.rows import choose, fisher
 from tightfit.methods.side.runner import METHOD, LadderRunner
@@ -182,7 +180,7 @@ class LadderSide(Transform):
             scores = fisher(model, blocks, _examples(batches, samples), _loss)
         finally:
             model.train(was)
-        inner = head_dim(text_config(model))
+        inner = head_dim(hfmodel.text_config(model))
         chosen = choose(blocks, here[0].width, inner, value.reduction, scores, rotary=is_rotary(model))
         return dataclasses.replace(value, init="fisher", channels=(chosen.states, *chosen.groups))
 
@@ -190,7 +188,7 @@ class LadderSide(Transform):
         return False
 
     def freezes(self, model: nn.Module) -> Iterator[str]:
-        return frozen_names(model)
+        return hfmodel.body_parameters(model)
 
     def edits(self, model: nn.Module, context: Context) -> Iterator[Edit]:
         here = self._places(model)
@@ -206,11 +204,11 @@ class LadderSide(Transform):
         part = Ladder(here, cache)
         link = Link() if len(here) > 1 else None
         for place in here:
-            yield ChildEdit(
-                module=place.owner,
-                child=SIDE,
-                make=functools.partial(built.make, place, model),
-                note=f"{len(built.design.rungs(place))} blocks of width {place.width // self.reduction}",
+            yield side_edit(
+                place,
+                METHOD,
+                functools.partial(built.make, place, model),
+                f"{len(built.design.rungs(place))} blocks of width {place.width // self.reduction}",
             )
             yield FrozenStackEdit(
                 blocks=place.blocks,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -12,20 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tightfit.core.edits import ChildEdit, Edit, Part, StackRunner, is_planning
+from tightfit.core import hfmodel
+from tightfit.core.edits import Edit, Part, StackRunner
 from tightfit.core.fields import check_bool, check_int
 from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.side.frozen import (
-    SIDE,
     FrozenStackEdit,
     first_tensor,
     frozen_edits,
-    frozen_names,
     inside,
+    side_edit,
     untouched_edits,
     with_first,
 )
-from tightfit.methods.side.places import Place, check_layers, check_range, like, own_random, places
+from tightfit.methods.side.places import Place, check_layers, check_range, fresh, places
 
 METHOD = "Losa"
 TOKEN_RANK = 16
@@ -95,7 +94,7 @@ class Losa(Transform):
         return False
 
     def freezes(self, model: nn.Module) -> Iterator[str]:
-        return frozen_names(model)
+        return hfmodel.body_parameters(model)
 
     def edits(self, model: nn.Module, context: Context) -> Iterator[Edit]:
         here = places(model, METHOD)
@@ -105,11 +104,11 @@ class Losa(Transform):
         yield from frozen_edits(model, METHOD, dropout=self.backbone_dropout)
         yield from untouched_edits(model, here[:-1])
         kept = self.keep_layers or tuple(range(len(place.blocks)))
-        yield ChildEdit(
-            module=place.owner,
-            child=SIDE,
-            make=functools.partial(self._make, model, place, kept, tokens, token_rank),
-            note=f"{len(kept)} mixers",
+        yield side_edit(
+            place,
+            METHOD,
+            functools.partial(self._make, model, place, kept, tokens, token_rank),
+            f"{len(kept)} mixers",
         )
         yield FrozenStackEdit(
             blocks=place.blocks,
@@ -144,11 +143,11 @@ class Losa(Transform):
     def _make(
         self, model: nn.Module, place: Place, kept: tuple[int, ...], tokens: int, token_rank: int, owner: nn.Module
     ) -> nn.Module:
-        kind = like(model)
-        meta = is_planning() or kind.is_meta
-        with own_random(self.seed), torch.device("meta") if meta else contextlib.nullcontext():
-            net = LosaNet(kept, place.width, self.rank, tokens, token_rank, self.published)
-        place.side = net.to(kind.dtype) if meta else net.to(kind.device, kind.dtype)
+        place.side = fresh(
+            model,
+            self.seed,
+            lambda: LosaNet(kept, place.width, self.rank, tokens, token_rank, self.published),
+        )
         return place.side
 
 

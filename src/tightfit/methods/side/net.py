@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tightfit.core import hfmodel
 from tightfit.core.edits import is_planning
 from tightfit.core.errors import UnsupportedModelError
-from tightfit.methods.side.places import HEADS, INNER, STATES, Place, head_dim, like, own_random, text_config
+from tightfit.methods.side.places import HEADS, INNER, STATES, Place, head_dim, like, own_random
 from tightfit.methods.side.rows import Choice, choose, cut, cut_norm, evenly, groups_of, magnitude
 from tightfit.methods.side.taps import tap
 
@@ -205,7 +205,7 @@ def _check_shapes(model: nn.Module, name: str, block: nn.Module, side: nn.Module
 
 
 def _initialise(model: nn.Module, all_places: Sequence[Place], nets: Sequence[SideNet], design: Design) -> None:
-    inner = head_dim(text_config(model))
+    inner = head_dim(hfmodel.text_config(model))
     chosen = chosen_channels(model, all_places, design, inner)
     picks = iter(chosen.groups if chosen is not None else ())
     for place, net in zip(all_places, nets):
@@ -252,7 +252,7 @@ def kept_blocks(model: nn.Module, all_places: Sequence[Place], design: Design) -
 
 def is_rotary(model: nn.Module) -> bool:
     """Whether heads turn by position."""
-    text = text_config(model)
+    text = hfmodel.text_config(model)
     return getattr(text, "rope_parameters", None) is not None or hasattr(text, "rope_theta")
 
 

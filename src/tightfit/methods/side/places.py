@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tightfit.core import hfmodel
+from tightfit.core.edits import is_planning
 from tightfit.core.errors import UnsupportedModelError, shorten
 
 STATES = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
@@ -67,32 +68,19 @@ def places(model: nn.Module, method: str) -> list[Place]:
 def final_norm(model: nn.Module, block: str) -> tuple[str | None, int]:
     """(name of the norm behind the stack or None, width of the states)."""
     width = _width(model, block)
-    parts = block.split(".")[:-2]
-    inside = [part for part in hfmodel.backbone(model)[0].split(".") if part]
-    while True:
-        parent = model.get_submodule(".".join(parts))
-        for name, child in parent.named_children():
-            shapes = [tuple(p.shape) for p in child.parameters(recurse=False)]
-            if "norm" in type(child).__name__.lower() and "emb" not in name and shapes and set(shapes) == {(width,)}:
-                return ".".join((*parts, name)), width
-        if parts == inside or not parts:
-            return None, width
-        parts = parts[:-1]
+    for name, norm in hfmodel.norms_behind(model, block):
+        if {tuple(p.shape) for p in norm.parameters(recurse=False)} == {(width,)}:
+            return name, width
+    return None, width
 
 
 def _width(model: nn.Module, block: str) -> int:
-    found = getattr(text_config(model), "hidden_size", None)
+    found = getattr(hfmodel.text_config(model), "hidden_size", None)
     if not isinstance(found, int):
         raise UnsupportedModelError(
             f"{type(model).__name__}: its config names no hidden_size, so the width of {block} is not known"
         )
     return found
-
-
-def text_config(model: nn.Module) -> Any:
-    """The config of the part that the stack belongs to."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def head_dim(config: Any) -> int:
@@ -112,7 +100,7 @@ def widths(config: Any) -> dict[str, int]:
 
 def check_reduction(method: str, model: nn.Module, reduction: int) -> None:
     """Raises: ValueError listing the divisors, where `reduction` does not divide every width."""
-    check_divides(method, model, reduction, widths(text_config(model)))
+    check_divides(method, model, reduction, widths(hfmodel.text_config(model)))
 
 
 def check_divides(method: str, model: nn.Module, reduction: int, found: dict[str, int]) -> None:
@@ -141,6 +129,15 @@ def own_random(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         yield
+
+
+def fresh(model: nn.Module, seed: int, make: Callable[[], nn.Module]) -> Any:
+    """What `make` builds, of the dtype and on the device of new modules; without weights while planning."""
+    kind = like(model)
+    meta = is_planning() or kind.is_meta
+    with own_random(seed), torch.device("meta") if meta else contextlib.nullcontext():
+        net = make()
+    return net.to(kind.dtype) if meta else net.to(kind.device, kind.dtype)
 
 
 # -- fields ------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -13,25 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tightfit.core.edits import ChildEdit, Edit, ModuleEdit, Part, StackRunner, is_planning
+from tightfit.core import hfmodel
+from tightfit.core.edits import Edit, ModuleEdit, Part, StackRunner
 from tightfit.core.fields import check_bool, check_float, check_int
 from tightfit.core.tight import state_of
 from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.side.frozen import (
-    SIDE,
     FrozenStackEdit,
     Link,
     Split,
     first_tensor,
     frozen_edits,
-    frozen_names,
     inside,
     link_edits,
     plain_call,
+    side_edit,
     untouched_edits,
     with_first,
 )
-from tightfit.methods.side.places import Place, check_divides, check_layers, like, own_random, places
+from tightfit.methods.side.places import Place, check_divides, check_layers, fresh, places
 
 METHOD = "Sherl"
 SMALLEST = 1e-6
@@ -101,7 +100,7 @@ class Sherl(Transform):
         return False
 
     def freezes(self, model: nn.Module) -> Iterator[str]:
-        return frozen_names(model)
+        return hfmodel.body_parameters(model)
 
     def edits(self, model: nn.Module, context: Context) -> Iterator[Edit]:
         here = places(model, METHOD)
@@ -115,11 +114,11 @@ class Sherl(Transform):
         part = Aggregation(here)
         for place, own in zip(here, taps):
             late = len(place.blocks) - (self.late_layers if place.final else 0)
-            yield ChildEdit(
-                module=place.owner,
-                child=SIDE,
-                make=functools.partial(self._make, model, place, own),
-                note=f"{len(own) + 1} taps",
+            yield side_edit(
+                place,
+                METHOD,
+                functools.partial(self._make, model, place, own),
+                f"{len(own) + 1} taps",
             )
             yield FrozenStackEdit(
                 blocks=place.blocks,
@@ -167,14 +166,13 @@ class Sherl(Transform):
         return found
 
     def _make(self, model: nn.Module, place: Place, taps: tuple[int, ...], owner: nn.Module) -> nn.Module:
-        kind = like(model)
-        meta = is_planning() or kind.is_meta
-        norm = None if place.norm is None else model.get_submodule(place.norm)
-        with own_random(self.seed), torch.device("meta") if meta else contextlib.nullcontext():
+        def make() -> nn.Module:
             net = SherlNet(taps, place.width, place.width // self.reduction, self.start, self.temperature)
-        if norm is not None:
-            net.norm = copy.deepcopy(norm).requires_grad_(True)
-        place.side = net.to(kind.dtype) if meta else net.to(kind.device, kind.dtype)
+            if place.norm is not None:
+                net.norm = copy.deepcopy(model.get_submodule(place.norm)).requires_grad_(True)
+            return net
+
+        place.side = fresh(model, self.seed, make)
         return place.side
 
 

@@ -16,7 +16,7 @@ from tightfit.core.fields import check_bool, check_choice, check_float, check_in
 from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.sparse_adapter.errors import HostMemoryError, NotFiniteError
 from tightfit.methods.sparse_adapter.layer import AddsRows, NotesMask, Settings, TakesInput
-from tightfit.methods.sparse_adapter.part import HostRows, LeavingEdit, Making
+from tightfit.methods.sparse_adapter.part import HoldEdit, HostRows, Making
 from tightfit.methods.sparse_adapter.places import chosen_mlps
 from tightfit.ops.sparse_rows import AdamW
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["HostMemoryError", "HostRows", "NotFiniteError", "SparseAdapter"]
 
 CHILD = "sparse_rows"
+TRAINED = "SparseAdapter trained (a ReLU branch beside each MLP)"
 RESIDENT = 3072
 PROBED = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -193,8 +194,7 @@ class SparseAdapter(Transform):
     def freezes(self, model: nn.Module) -> Iterator[str]:
         if not self.freeze:
             return iter(())
-        head = set(hfmodel.head_parameters(model))
-        return (name for name, _ in model.named_parameters() if name not in head)
+        return hfmodel.body_parameters(model)
 
     @staticmethod
     def of(applied: Applied) -> HostRows:
@@ -208,7 +208,9 @@ class SparseAdapter(Transform):
             yield TrainableEdit(parameters=tuple(self.freezes(model)), trainable=False)
         for number, mlp in enumerate(mlps):
             note = f"{self.width:,} rows of {mlp.width}, {self.top_k} a token"
-            yield ChildEdit(module=mlp.block, child=CHILD, make=part.maker(number), note=note, part=part)
+            yield ChildEdit(
+                module=mlp.block, child=CHILD, make=part.maker(number), trained=TRAINED, note=note, part=part
+            )
         count = f"{len(mlps)} adapters beside MLPs"
         for kind, mixin, find in (
             ("adapter mask", NotesMask, part.blocks),
@@ -216,7 +218,7 @@ class SparseAdapter(Transform):
             ("adapter sum", AddsRows, lambda model: part.layers_named(model, "down")),
         ):
             yield ModulesEdit(slot=Slot.BLOCKS, kind=kind, mixin=mixin, find=find, note=count)
-        yield LeavingEdit(blocks=tuple(mlp.block for mlp in mlps), rows=part)
+        yield HoldEdit(blocks=tuple(mlp.block for mlp in mlps), rows=part)
 
     def _making(self, model: nn.Module) -> Making:
         settings = Settings(

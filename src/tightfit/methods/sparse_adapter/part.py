@@ -14,7 +14,7 @@ from torch import nn
 
 from tightfit.core import hfmodel
 from tightfit.core.edits import Edit, Handle, Part, is_planning
-from tightfit.core.errors import ArtifactError, StateError
+from tightfit.core.errors import ArtifactError
 from tightfit.core.transform import Slot
 from tightfit.methods.sparse_adapter.bank import Shape, check_room
 from tightfit.methods.sparse_adapter.layer import Settings, SparseRows
@@ -181,8 +181,8 @@ def _stack(block: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class LeavingEdit(Edit):
-    """Holds the blocks against those that run them twice on their own, and says what a merge would leave behind."""
+class HoldEdit(Edit):
+    """Holds the blocks against those that run them twice on their own, and the rows until they are taken off."""
 
     slot: Slot = Slot.BLOCKS
     blocks: tuple[str, ...]
@@ -190,7 +190,7 @@ class LeavingEdit(Edit):
 
     @property
     def target(self) -> str:
-        return "(export)"
+        return "(blocks)"
 
     def claims(self):
         return frozenset((self.slot, block) for block in self.blocks)
@@ -203,7 +203,7 @@ class LeavingEdit(Edit):
                 UserWarning,
                 stacklevel=4,
             )
-        return _LeavingHandle(self.rows)
+        return _HoldHandle(self.rows)
 
 
 def _is_causal(model: Any) -> bool:
@@ -212,15 +212,9 @@ def _is_causal(model: Any) -> bool:
     return told or any(getattr(module, "is_causal", False) is True for module in model.modules())
 
 
-class _LeavingHandle(Handle):
+class _HoldHandle(Handle):
     def __init__(self, rows: HostRows):
         self.rows = rows
 
     def undo(self, model: nn.Module) -> None:
         self.rows.close()
-
-    def before_merge(self, model: nn.Module, verb: str) -> None:
-        raise StateError(
-            f"{verb}(): what SparseAdapter trained (a ReLU branch beside each MLP) has no place in a stock "
-            f"{type(model).__name__}; save() it, and load() it on the same base"
-        )
