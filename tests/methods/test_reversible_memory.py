@@ -17,7 +17,7 @@ from tightfit.core.errors import StateError
 from tightfit.core.memory import allocator_peak, live_bytes, saved_bytes
 from tightfit.core.simulate import simulate
 from tightfit.methods.reversible import Coupling
-from tightfit.methods.reversible.replay import Replay
+from tightfit.ops.replay import Replay
 
 STATE_BYTES = 8 << 10
 

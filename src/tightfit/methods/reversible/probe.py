@@ -13,7 +13,7 @@ from torch import nn
 from tightfit.core import hfmodel
 from tightfit.core.errors import SimulationError, StateError, TightfitError, UnsupportedModelError
 from tightfit.core.simulate.batches import example_batch
-from tightfit.methods.reversible.replay import Replay
+from tightfit.ops.replay import Replay
 
 ROWS, TOKENS = 2, 12
 

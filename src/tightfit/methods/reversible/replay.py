@@ -1,16 +1,13 @@
-"""Running a part of a block again as it ran before: arguments, random state and autocast."""
+"""Running a part of a block again as it ran before: its arguments and further outputs."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
-
-from tightfit.ops.recompute import random_state, set_random_state
 
 
 def _flatten(value: Any) -> tuple[list[Any], TreeSpec]:
@@ -69,64 +66,3 @@ class Extras:
         for place, at in self.handed_on.items():
             leaves[place] = given[at]
         return tree_unflatten(leaves, self.spec)
-
-
-def drops(module: nn.Module) -> bool:
-    """Whether anything in a module drops at random now, going by its settings."""
-    for part in module.modules():
-        if not part.training:
-            continue
-        rates = [value for key, value in vars(part).items() if "drop" in key and isinstance(value, float)]
-        if isinstance(part, nn.modules.dropout._DropoutNd):
-            rates.append(part.p)
-        if any(rate > 0 for rate in rates):
-            return True
-    return False
-
-
-def _moved(kind: str, state: Tensor) -> bool:
-    return not torch.equal(state, random_state(kind))
-
-
-class Replay:
-    """Random and autocast state as they are now.
-
-    Args:
-        device_type: where the part runs.
-        random: whether it may draw random numbers.
-    """
-
-    def __init__(self, device_type: str, random: bool):
-        self.kinds = list(dict.fromkeys((device_type, "cpu")))
-        self.autocast = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in self.kinds
-            if torch.amp.is_autocast_available(kind)
-        ]
-        self.cache = torch.is_autocast_cache_enabled()
-        self.random = {kind: random_state(kind) for kind in self.kinds} if random else {}
-
-    def settle(self, draws: bool, real: bool) -> None:
-        """The run is over: let go of the random state where no number was drawn.
-
-        Args:
-            draws: numbers are drawn, going by the settings.
-            real: the run drew where it draws; a simulated one does not.
-        """
-        if not draws and not (real and any(_moved(kind, state) for kind, state in self.random.items())):
-            self.random = {}
-
-    @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
-        """The same states for one run; what they were outside is put back."""
-        before = {kind: random_state(kind) for kind in self.random}
-        with contextlib.ExitStack() as stack:
-            for kind, enabled, dtype in self.autocast:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self.cache))
-            for kind, state in self.random.items():
-                set_random_state(kind, state)
-            try:
-                yield
-            finally:
-                for kind, state in before.items():
-                    set_random_state(kind, state)

@@ -18,6 +18,7 @@ from tightfit.methods.reversible.names import LAGGED, MERGE
 from tightfit.methods.reversible.seam import seam_of
 from tightfit.methods.reversible.streams import Fixed, Floating, Half
 from tightfit.methods.reversible.tape import Tape
+from tightfit.ops.replay import drops
 
 LARGEST_K = 12
 BITS = 20
@@ -154,7 +155,7 @@ class Runner(StackRunner):
         # the last one of "meft1" has no adapter on the lagging stream where nobody would read that
         halves = tuple(half for half in tape.halves if half.part != "lagged" or LAGGED in block._modules)
         tape.enter(hidden, name)
-        draws = torch.is_grad_enabled() and replay.drops(block)
+        draws = torch.is_grad_enabled() and drops(block)
         keep = name in self.plan.kept or (not self.plan.exact and self._is_anchor(index))
         rest = None
         for number, half in enumerate(halves):

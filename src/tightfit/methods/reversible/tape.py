@@ -16,9 +16,10 @@ from torch.autograd.graph import get_gradient_edge
 
 from tightfit.core.errors import StateError
 from tightfit.core.hfmodel import has_values, storage_key
-from tightfit.methods.reversible.replay import Extras, Part, Replay
+from tightfit.methods.reversible.replay import Extras, Part
 from tightfit.methods.reversible.streams import Fixed, Floating, Half, Streams
 from tightfit.ops.autograd import refuse_second_derivative
+from tightfit.ops.replay import Replay
 
 Numbers = Fixed | Floating
 

@@ -13,8 +13,9 @@ from tightfit.core.edits import StackRunner
 from tightfit.core.tight import state_of
 from tightfit.methods.token_tune.loss import targets_of, token_loss
 from tightfit.methods.token_tune.records import KEY, Capture, Replay
-from tightfit.methods.token_tune.tuner import Request, Tuner, hidden_of, names_of, own_casts
+from tightfit.methods.token_tune.tuner import Request, Tuner, hidden_of, names_of
 from tightfit.ops.overwrite import overwrite, take
+from tightfit.ops.replay import own_casts
 
 log = logging.getLogger(__name__)
 

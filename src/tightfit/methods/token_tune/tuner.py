@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from tightfit.methods.token_tune.facts import Facts
 from tightfit.methods.token_tune.policies import Counter, Draw, Selection
 from tightfit.methods.token_tune.records import KEY, Capture, Grouped, Replay
 from tightfit.ops.overwrite import overwrite, take
+from tightfit.ops.replay import own_casts
 
 Stock = Callable[..., Any]
 
@@ -359,14 +359,3 @@ def _main(call: dict[str, Any]) -> Tensor:
     if found is None:
         raise StateError("TokenTune: the call has neither input_ids nor inputs_embeds")
     return found
-
-
-@contextlib.contextmanager
-def own_casts() -> Iterator[None]:
-    """Autocast must not remember weights cast without gradients: the run with gradients would use them."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
