@@ -1,8 +1,8 @@
 """Every method on real tasks beside stock and LoRA: MiniLM's metric after training, by seed.
 
 Needs the data folder beside the project and the MiniLM package. A run takes some CPU minutes, all of them more than a
-CPU day: each is written as it ends, and the next call goes on. Seeds are the outer loop, so that every recipe has a
-first figure before any has a second.
+CPU day: each is written as it ends, and the next call goes on; several processes share the work. Seeds are the outer
+loop, so that every recipe has a first figure before any has a second.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import record
+import sharing
 from tasks import recipe_file
 
 NAME = "quality"
@@ -77,7 +77,13 @@ TASKS: dict[str, dict[str, Any]] = {
         "epochs": 3,
     },
 }
-COMMON = {"batch_size": 32, "max_length": 128, "warmup_ratio": 0.1}
+COMMON = {
+    "batch_size": 32,
+    "max_length": 128,
+    "warmup_ratio": 0.1,
+    "group_by_length": True,
+    "optimizer": "adamw-fused",
+}
 FULL, ADAPTERS, SIDE = ({**COMMON, "learning_rate": rate} for rate in (1.0e-4, 1.0e-3, 3.0e-3))
 LORA: list[dict[str, Any]] = [{"Lora": {}}]
 FUSED: list[dict[str, Any]] = [{"FusedOps": {}}]
@@ -139,40 +145,41 @@ def run(
     tasks: dict[str, dict[str, Any]] = TASKS, seeds: Sequence[int] = SEEDS, name: str = NAME, **changed: Any
 ) -> list[dict[str, Any]]:
     """One row per seed, task and recipe; a row of an earlier call counts as long as its run would be the same."""
+    config = {"tasks": tasks, "groups": GROUPS}
+    todo = {}
+    for task, recipe, seed, settings, methods in work(tasks, seeds):
+        row = {"task": task, "recipe": recipe, "seed": seed, "data": tasks[task]["data"]}
+        row |= {"train": {**settings, **changed}, "methods": methods, "metric": tasks[task]["metric"]}
+        todo[_key(row)] = row
+    order = {key: place for place, key in enumerate(todo)}
+
+    def kept(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return sorted((row for row in rows if _key(row) in order), key=lambda row: order[_key(row)])
+
+    for key, row in todo.items():
+        with sharing.taken(name, key) as mine:
+            if mine and key not in map(_key, sharing.rows(name)):
+                sharing.add(name, config, trained(row), kept)
+    return kept(sharing.rows(name))
+
+
+def trained(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with what its run gave."""
     from tightfit.train.run import prepare, train
 
-    earlier = record.read(name)
-    rows: list[dict[str, Any]] = []
-    known = {} if earlier is None else {_key(row): row for row in earlier["rows"]}
-    config = {"tasks": tasks, "groups": GROUPS}
-    for task, recipe, seed, settings, methods in work(tasks, seeds):
-        row = {
-            "task": task,
-            "recipe": recipe,
-            "seed": seed,
-            "data": tasks[task]["data"],
-            "train": {**settings, **changed},
-            "methods": methods,
-            "metric": tasks[task]["metric"],
-        }
-        if (found := known.pop(_key(row), None)) is not None:
-            rows.append(found)
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            file = recipe_file(row["data"], methods, row["train"], Path(folder) / "run")
-            result = train(file, prepared=prepare(file))
-        rows.append(
-            {
-                **row,
-                "value": result.metrics[row["metric"]],
-                "metrics": result.metrics,
-                "peak_bytes": result.peak_bytes,
-                "predicted_peak_bytes": result.predicted_peak_bytes,
-            }
-        )
-        record.write(name, config, [*rows, *known.values()])
-        print({key: rows[-1][key] for key in ("task", "recipe", "seed", "value")}, flush=True)
-    return rows
+    with tempfile.TemporaryDirectory() as folder:
+        file = recipe_file(row["data"], row["methods"], row["train"], Path(folder) / "run")
+        result = train(file, prepared=prepare(file))
+    value = result.metrics[row["metric"]]
+    print({**{key: row[key] for key in ("task", "recipe", "seed")}, "value": value}, flush=True)
+    return {
+        **row,
+        "value": value,
+        "metrics": result.metrics,
+        "train_seconds": result.train_seconds,
+        "peak_bytes": result.peak_bytes,
+        "predicted_peak_bytes": result.predicted_peak_bytes,
+    }
 
 
 def _key(row: dict[str, Any]) -> str:

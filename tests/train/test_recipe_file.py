@@ -77,6 +77,7 @@ def test_a_failed_write_leaves_the_old_file(good, tmp_path, monkeypatch):
         ("batch_size: 8", "batch_size: 0", 8, ["train.batch_size", "0", "> 0"]),
         ("learning_rate: 2e-5", "learning_rate: .inf", 8, ["train.learning_rate", "inf", "finite"]),
         ("epochs: 2", "precision: int8", 8, ["train.precision", "int8", "fp32, bf16, fp16"]),
+        ("epochs: 2", "optimizer: adam", 8, ["train.optimizer", "adam", "adamw, adamw-fused, sgd, adafactor"]),
         ("sequence-classification", "sequence-clasification", 2, ["did you mean 'sequence-classification'"]),
         ("demo:minilm", "''", 1, ["model", "empty text"]),
         ("demo:minilm", "", 1, ["model", "nothing", "a text"]),
@@ -118,6 +119,11 @@ def test_files_that_are_no_recipe(tmp_path):
     assert "got list" in refused(empty)
     empty.write_bytes(b"model: a\ntask: caf\xe9\n")
     assert f"{empty}:2: byte 0xe9 is not UTF-8" in refused(empty)
+
+
+def test_images_have_no_length_to_be_grouped_by(good):
+    message = refused(good, "task=image-classification", "train.group_by_length=true")
+    assert "group_by_length" in message and "images have no length" in message
 
 
 def test_overrides(good):

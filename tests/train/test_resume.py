@@ -70,6 +70,8 @@ CASES = [
     ([{"Checkpointing": {}}], {"save_every": 4}, 6),
     ([], {"save_every": 3, "optimizer": "sgd", "max_steps": 7}, 5),
     ([], {"save_every": 3, "optimizer": "adafactor"}, 5),
+    ([], {"save_every": 3, "optimizer": "adamw-fused", "group_by_length": True}, 8),
+    ([], {"save_every": 2, "group_by_length": True, "gradient_accumulation": 2}, 5),
     ([{"PartialEmbedding": {}}], {"save_every": 3}, 8),
     ([{"SparseAdapter": {"width": 64, "top_k": 4}}], {"save_every": 3, "gradient_accumulation": 2}, 5),
 ]

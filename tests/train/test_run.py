@@ -20,7 +20,7 @@ from tightfit.train.folder import read_metrics, read_run, rewind_metrics
 from tightfit.train.run import build_skeleton, export_run, filled, plan_run, prepare, train
 from tightfit.train.svg import line_plot, ticks
 from tightfit.train.tasks import build_model
-from tightfit.train.trainer import append_line
+from tightfit.train.trainer import RunTrainer, append_line
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,6 +120,34 @@ def test_accumulated_steps_are_the_steps_of_the_whole_batch(tmp_path):
     assert whole.steps == parts.steps == 5
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
+
+
+def test_batches_of_about_one_length(folder, tmp_path, monkeypatch):
+    def seen(grouped):
+        epochs, real = [], RunTrainer.training_step
+
+        def step(self, model, inputs, *args, **kwargs):
+            if self.state.global_step % 20 == 0:
+                epochs.append([])
+            epochs[-1].append(inputs["attention_mask"])
+            return real(self, model, inputs, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunTrainer, "training_step", step)
+            options = {"batch_size": 2, "group_by_length": grouped}
+            train(recipe_file(folder, [], tmp_path / f"grouped-{grouped}", **options))
+        return epochs
+
+    def padding(epochs):
+        return sum(int((1 - mask).sum()) for epoch in epochs for mask in epoch)
+
+    def lengths(epoch):
+        return [tuple(mask.sum(1).tolist()) for mask in epoch]
+
+    grouped = seen(True)
+    assert padding(grouped) < 0.5 * padding(seen(False))
+    assert [len(epoch) for epoch in grouped] == [20, 20] and lengths(grouped[0]) != lengths(grouped[1])
+    assert sorted(sum(lengths(grouped[0]), ())) == sorted(sum(lengths(grouped[1]), ()))
 
 
 def test_evaluation_leaves_the_random_state_alone(folder, tmp_path):

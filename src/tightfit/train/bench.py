@@ -110,7 +110,8 @@ def _optimizer(applied: Applied, section: TrainSection) -> torch.optim.Optimizer
         from transformers import Adafactor
 
         return applied.optimizer(Adafactor, lr=rate, weight_decay=decay, scale_parameter=False, relative_step=False)
-    return applied.optimizer(torch.optim.AdamW, lr=rate, weight_decay=decay)
+    fused = {"fused": True} if section.optimizer == "adamw-fused" else {}
+    return applied.optimizer(torch.optim.AdamW, lr=rate, weight_decay=decay, **fused)
 
 
 def measure_applied(applied: Applied, batch: dict[str, Any], section: TrainSection, repeats: int = 3) -> Measurement:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from tightfit.core.errors import RecipeError
 from tightfit.core.fields import near
@@ -80,7 +80,8 @@ class TrainSection(_Section):
     """How the model is trained; names follow `transformers.TrainingArguments` where they mean the same.
 
     `precision: bf16` and `fp16` keep fp32 weights and run the step under autocast, as
-    `TrainingArguments(bf16=True)` does.
+    `TrainingArguments(bf16=True)` does. `group_by_length` puts examples of about one length into a batch, so that less
+    is computed on padding; which ones still differs from epoch to epoch.
     """
 
     epochs: Annotated[float, Field(gt=0)] = 3.0
@@ -92,10 +93,11 @@ class TrainSection(_Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    optimizer: Literal["adamw", "sgd", "adafactor"] = "adamw"
+    optimizer: Literal["adamw", "adamw-fused", "sgd", "adafactor"] = "adamw"
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     max_length: Count = 128
     max_target_length: Count | None = None
+    group_by_length: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     eval_every: Count | None = None
@@ -129,6 +131,13 @@ class RecipeFile(_Section):
     @classmethod
     def _defaults(cls, value: Any) -> Any:
         return {} if value is None else value
+
+    @field_validator("train")
+    @classmethod
+    def _lengths(cls, value: TrainSection, info: ValidationInfo) -> TrainSection:
+        if value.group_by_length and info.data.get("task") == "image-classification":
+            raise ValueError("group_by_length: images have no length; leave it out")
+        return value
 
     @field_validator("output", mode="before")
     @classmethod

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from tightfit.train.recipe_file import RecipeFile, TrainSection
 
 Echo = Callable[[str], None]
-PLANNED_OPTIMIZERS = {"adamw": "adamw", "sgd": "sgd", "adafactor": "adafactor"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +140,7 @@ def _device_type() -> str:
 
 def planned_optimizer(file: RecipeFile) -> str:
     """The name `plan` has for the optimizer a run will use."""
-    name = PLANNED_OPTIMIZERS[file.train.optimizer]
+    name = file.train.optimizer
     return "adamw-foreach" if name == "adamw" and torch.cuda.is_available() else name
 
 

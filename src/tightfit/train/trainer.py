@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tightfit.core.errors import RecipeError, TrainingError
 from tightfit.train import checkpoints
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from tightfit.train.recipe_file import TrainSection
 
 CHECKPOINTS = "checkpoints"
-OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "adafactor": "adafactor"}
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw-fused": "adamw_torch_fused", "sgd": "sgd", "adafactor": "adafactor"}
 NOT_LOGGED = ("total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
@@ -64,6 +65,22 @@ def training_arguments(section: TrainSection, folder: Path) -> TrainingArguments
     )
 
 
+class GroupedByLength(LengthGroupedSampler):
+    """transformers' sampler, but its order is that of the epoch alone, so that a resumed run finds its place."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's loader before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
 class RunTrainer(Trainer):
     """transformers' Trainer, but a checkpoint is written by `checkpoints` and evaluation leaves no trace.
 
@@ -72,6 +89,7 @@ class RunTrainer(Trainer):
     """
 
     applied: Applied
+    group_by_length = False
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         before = checkpoints.random_state()
@@ -79,6 +97,13 @@ class RunTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
         finally:
             checkpoints.set_random_state(before)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        if not self.group_by_length:
+            return super()._get_train_sampler(rows)
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return GroupedByLength(group, [len(ids) for ids in rows["input_ids"]], self.args.seed)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -166,6 +191,7 @@ def build_trainer(
             "use tightfit.apply in your own script"
         )
     trainer.applied = applied
+    trainer.group_by_length = section.group_by_length
     if trainer.model_accepts_loss_kwargs:
         trainer.model_accepts_loss_kwargs = counts_items(applied.model, data, trainer.args.device)
     for chatty in (PrinterCallback, ProgressCallback):
