@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,6 +68,18 @@ def stacks(model: nn.Module) -> list[list[str]]:
         found.append([f"{name}.{i}" for i in range(len(module))])
     longest = max((len(stack) for stack in found), default=0)
     return [stack for stack in found if len(stack) > 1 or longest == 1]
+
+
+def reader(model: nn.Module) -> tuple[str, nn.Module]:
+    """The innermost module that takes a model's inputs, with its name; heads may call it past the backbone (OPT)."""
+    name, module = backbone(model)
+    stack = next((s[0] for s in stacks(model) if s[0].startswith(f"{name}." if name else "")), None)
+    parts = (stack or "").split(".")
+    for end in range(len(name.split(".")) if name else 1, len(parts) - 1):
+        inner = model.get_submodule(".".join(parts[:end]))
+        if {"input_ids", "pixel_values"} & set(inspect.signature(inner.forward).parameters):
+            name, module = ".".join(parts[:end]), inner
+    return name, module
 
 
 def is_linear(module: nn.Module) -> bool:

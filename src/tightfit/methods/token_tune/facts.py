@@ -75,7 +75,7 @@ def facts_of(model: nn.Module) -> Facts:
         assert decoder is not None
         runner, name = decoder, f"{base_name}.{found}" if base_name else found
     else:
-        name, runner = _innermost(model, base_name, base)
+        name, runner = hfmodel.reader(model)
     blocks = tuple(b for stack in hfmodel.stacks(model) for b in stack if b.startswith(f"{name}." if name else ""))
     _refuse_structure(model, runner, config, blocks)
     parameters = inspect.signature(runner.forward).parameters
@@ -110,19 +110,6 @@ def facts_of(model: nn.Module) -> Facts:
         several=several,
         padding=padding,
     )
-
-
-def _innermost(model: nn.Module, name: str, base: nn.Module) -> tuple[str, nn.Module]:
-    """The deepest module around the blocks that takes a model's inputs: heads may call it past the backbone (OPT)."""
-    found = (name, base)
-    stack = next((s[0] for s in hfmodel.stacks(model) if s[0].startswith(f"{name}." if name else "")), None)
-    parts = (stack or "").split(".")
-    for end in range(len(name.split(".")) if name else 1, len(parts) - 1):
-        inner = ".".join(parts[:end])
-        module = model.get_submodule(inner)
-        if inner.startswith(name) and {"input_ids", "pixel_values"} & set(inspect.signature(module.forward).parameters):
-            found = (inner, module)
-    return found
 
 
 def _head(model: nn.Module, task: str | None) -> str:
