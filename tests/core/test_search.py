@@ -9,9 +9,9 @@ from checks.transforms import HalfTable, OwnLinear
 from transformers import BertConfig, BertForSequenceClassification
 
 import tightfit
-from tightfit.core.fitting import MARGIN, estimate, need
-from tightfit.core.recommend import INDIFFERENT, best_first, candidates
-from tightfit.core.search import Search
+from tightfit.core.fitting import MARGIN, Fit, estimate, need
+from tightfit.core.recommend import best_first, candidates
+from tightfit.core.search import INDIFFERENT, Search
 from tightfit.core.transform import Transform
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 256}
@@ -95,6 +95,20 @@ def test_the_stronger_value_of_a_method_is_tried_where_the_milder_does_not_fit(m
     budget = (peak(16) + peak(4)) // 2
     found = tightfit.recommend(model, batch=BATCH, budget=budget, methods=[tightfit.Lora])
     assert [choice.recipe for choice in found] == [tightfit.chain(tightfit.Lora(rank=4))]
+
+
+def fit(time, *transforms):
+    return Fit(tightfit.chain(*transforms), None, 8, 1, time)
+
+
+def test_of_recipes_about_as_fast_the_simplest_goes_first():
+    lora, mesa, fused = tightfit.Lora(), tightfit.Mesa(), tightfit.FusedOps()
+    fastest, simple, slow = fit(0.70, lora, mesa), fit(0.73, lora), fit(0.76, fused, lora)
+    assert best_first([slow, fastest, simple], 3) == [simple, fastest, slow]
+    clear = fit(0.74, lora)  # six per cent are more than the prediction's error
+    assert best_first([clear, fastest], 2) == [fastest, clear]
+    exact = fit(0.9, fused)
+    assert best_first([simple, exact], 2) == [exact, simple]
 
 
 def test_effective_batch(model, peaks):

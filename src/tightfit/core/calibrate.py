@@ -43,7 +43,7 @@ from tightfit.core.microbench import (
 )
 from tightfit.core.timing import Coefficients, step_time
 
-FORMAT = 4
+FORMAT = 5
 DTYPES = {torch.float32: (5, 28.0), torch.bfloat16: (2, 14.0)}
 """Element type -> most passes, and seconds after which none is begun (of the first two, none is left out)."""
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tightfit.ops.probing import PROBES
+
 aten = torch.ops.aten
 
 SIZES = (1 << 8, 1 << 12, 1 << 16, 1 << 21)
@@ -149,6 +151,8 @@ def kind_probes(pools: Pools) -> Iterator[Probe]:
             yield Probe((kind, size), run, written)
         for kind, run in _reducing(a):
             yield Probe((kind, size), run)
+        for kind, run in _own(a):
+            yield Probe((kind, size), run, written)
         yield Probe(("fused", size), _fused(size, pools))
 
 
@@ -181,6 +185,12 @@ def _mapping(a, b) -> Iterator[tuple[str, Callable]]:
 def _reducing(a) -> Iterator[tuple[str, Callable]]:
     yield "sum", lambda t: a(t).sum(0)
     yield "mean", lambda t: a(t).mean(-1)
+
+
+def _own(a) -> Iterator[tuple[str, Callable]]:
+    for operator, make in PROBES.items():
+        run = make(a(0))
+        yield operator, lambda t, run=run: run(a(t))
 
 
 def _reordering(pools: Pools, size: int) -> Iterator[tuple[str, Callable]]:

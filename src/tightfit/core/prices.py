@@ -97,7 +97,7 @@ def price(operator: str, inputs: Shapes, outputs: Shapes, tables: dict[str, Any]
     if name in _FILLED:
         moved = math.prod(inputs[-1 if name == "index_put" else 0]) if inputs else 0
         return "copy", along(kinds["fill"], _elements(outputs)) + along(kinds["permuted"], moved)
-    kind = _kind(name, inputs, outputs)
+    kind = _kind(name, inputs, outputs) or (name if name in kinds else None)
     by_output = name in _BY_OUTPUT or kind == "fill"
     size = _elements(outputs) if by_output else max(_largest(inputs), _largest(outputs))
     if kind is None:

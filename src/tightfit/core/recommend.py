@@ -14,11 +14,9 @@ from tightfit.core.fields import near
 from tightfit.core.fitting import Fit
 from tightfit.core.plan import Plan, mib
 from tightfit.core.recipe import Recipe, method_classes
-from tightfit.core.search import Progress, Search, check_count, freezes
+from tightfit.core.search import INDIFFERENT, Progress, Search, check_count, freezes
 from tightfit.core.transform import Transform
 
-INDIFFERENT = 0.02
-"""Predicted times closer than this are alike: the simpler recipe goes first."""
 TUNE = ("any", "full", "adapters")
 
 
@@ -75,7 +73,8 @@ def recommend(
 ) -> list[Choice]:
     """Recipes whose training step fits a memory budget, best first.
 
-    Exact recipes, whose gradients are those of the stock step, go before the others; within both the faster goes first.
+    Exact recipes, whose gradients are those of the stock step, go before the others; within both the faster goes first,
+    and of those whose predicted times are alike within the prediction's own error the simpler.
     If exact ones would take all places and another is faster, it gets the last place. A batch that does not fit whole
     is cut into equal micro-batches with accumulated gradients.
 
@@ -156,7 +155,8 @@ def candidates(model: nn.Module, methods, extra, tune: str, exact: bool) -> list
 
 def best_first(found: list[Fit], limit: int) -> list[Fit]:
     """The fits to show, exact ones first and within both the faster first."""
-    ranked = sorted(found, key=lambda f: (not f.recipe.exact, round(f.time / INDIFFERENT), len(f.recipe), f.turns))
+    exact, others = ([f for f in found if f.recipe.exact is wanted] for wanted in (True, False))
+    ranked = [*_fast_and_simple(exact), *_fast_and_simple(others)]
     kept = ranked[:limit]
     others = [f for f in ranked[limit:] if not f.recipe.exact]
     if limit > 1 and others and kept[-1].recipe.exact:
@@ -164,6 +164,23 @@ def best_first(found: list[Fit], limit: int) -> list[Fit]:
         if fastest.time < kept[0].time * 0.95:
             kept[-1] = fastest
     return kept
+
+
+def _fast_and_simple(fits: list[Fit]) -> list[Fit]:
+    """The fits, of those nearly as fast as the fastest that is left the simplest first.
+
+    Simple is what approximates little, then what has few methods.
+    """
+    left, ranked = list(fits), []
+    while left:
+        alike = min(f.time for f in left) * (1 + INDIFFERENT)
+        ranked.append(min((f for f in left if f.time <= alike), key=_complexity))
+        left.remove(ranked[-1])
+    return ranked
+
+
+def _complexity(fit: Fit) -> tuple[float, ...]:
+    return sum(not t.is_exact() for t in fit.recipe), len(fit.recipe), fit.time, fit.turns
 
 
 def choices(kept: list[Fit]) -> list[Choice]:

@@ -20,10 +20,13 @@ from tightfit.core.errors import BudgetError, SimulationError, StateError, Unsup
 from tightfit.core.fitting import Fit, Fitting, estimate, need
 from tightfit.core.plan import Plan, mib
 from tightfit.core.recipe import Recipe, chain
+from tightfit.core.timing import MEDIAN_ERROR
 from tightfit.core.transform import Transform
 
 OPTIMISM = 0.5
 """Methods together may take this share of the activations that one would guess from each of them alone."""
+INDIFFERENT = MEDIAN_ERROR
+"""Recipes predicted to be no slower than the fastest by more than this are alike: the simplest of them goes first."""
 MOST_TRANSFORMS = 3
 MOST_SIMULATIONS = 60
 MOST_MORE = 3
@@ -125,8 +128,8 @@ class Search:
                 places -= 1
                 best = True
                 continue
-            if any(other < item and fit.time <= promise for other, fit in self.found.items()):
-                continue  # a part of it fits and is as fast
+            if any(other < item and fit.time <= promise * (1 + INDIFFERENT) for other, fit in self.found.items()):
+                continue  # a part of it fits and is about as fast
             if best and more == 0:
                 continue
             more -= best

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tightfit.ops.codec import Codec, rows_of
+from tightfit.ops.probing import probe
 
 RANGE = {8: torch.float32, 4: torch.float16}
 
@@ -116,6 +117,11 @@ def _(groups, bits):
     return groups.new_empty(groups.shape[0], row_bytes(groups.shape[1], bits), dtype=torch.uint8)
 
 
+@probe("affine_pack")
+def _(values):
+    return lambda values: affine_pack(values.reshape(-1, 128).float(), 8)
+
+
 @torch.library.custom_op("tightfit::affine_unpack", mutates_args=())
 def affine_unpack(packed: Tensor, bits: int) -> Tensor:
     """(G, row_bytes) uint8 -> (G, g) float32."""
@@ -129,6 +135,12 @@ def affine_unpack(packed: Tensor, bits: int) -> Tensor:
 def _(packed, bits):
     group = (packed.shape[1] - 2 * RANGE[bits].itemsize) * 8 // bits
     return packed.new_empty(packed.shape[0], group, dtype=torch.float32)
+
+
+@probe("affine_unpack")
+def _(values):
+    packed = affine_pack(values.reshape(-1, 128).float(), 8)
+    return lambda values: affine_unpack(packed, 8)
 
 
 def _pack(groups: Tensor, bits: int, noise: Tensor | None) -> Tensor:
