@@ -17,6 +17,7 @@ from tightfit import (
     Losa,
     Mesa,
     PartialEmbedding,
+    RecurrentMemory,
     Reversible,
     Sherl,
     SparseAdapter,
@@ -76,6 +77,11 @@ def _sparse(name, **fields):
     return Row(name, make, keeps_names=False, exact=False, exports=False)
 
 
+def _recurrent(name, **fields):
+    make = lambda model: RecurrentMemory(tokens=2, segment=4, **fields)  # noqa: E731
+    return Row(name, make, keeps_names=False, exact=False, exports=False, families=("llama", "bert"))
+
+
 ENCODERS = frozenset({"bert"})
 
 
@@ -109,6 +115,8 @@ ROWS = [
     _side("losa", lambda model: Losa(rank=4)),
     _sparse("sparse-adapter"),
     _sparse("sparse-adapter-grouped", groups=8, probe=4, gate="sigmoid", retain="refetch", store="disk"),
+    _recurrent("recurrent-memory"),
+    _recurrent("recurrent-memory-block", bptt="block:1", align="left"),
     Row("velora", lambda model: Velora(groups=8), exact=False),
     _tokens("token-tune", ratio=0.5),
     _tokens("token-tune-count", count=4, policy="labelled", normalise="all"),

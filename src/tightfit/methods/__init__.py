@@ -7,6 +7,7 @@ from tightfit.methods.fused_ops import FusedOps
 from tightfit.methods.lora import Lora
 from tightfit.methods.mesa import Mesa
 from tightfit.methods.partial_embedding import PartialEmbedding
+from tightfit.methods.recurrent_memory import RecurrentMemory
 from tightfit.methods.reversible import Reversible
 from tightfit.methods.side import LadderSide, Losa, Sherl
 from tightfit.methods.sparse_adapter import SparseAdapter
@@ -22,6 +23,7 @@ __all__ = [
     "Losa",
     "Mesa",
     "PartialEmbedding",
+    "RecurrentMemory",
     "Reversible",
     "Sherl",
     "SparseAdapter",
