@@ -81,6 +81,8 @@ def vit(**kw):
     return hf.ViTForImageClassification(hf.ViTConfig(**SIZE, image_size=16, patch_size=8, num_labels=3, **kw))
 
 
+IMAGES = {"vit": vit}
+
 FAMILIES = {
     "bert": bert,
     "bert-mlm": lambda: bert("MaskedLM"),
@@ -97,7 +99,7 @@ FAMILIES = {
 
 def build(family: str, *, dropout: float | None = None) -> torch.nn.Module:
     """A fresh, seeded model of the family in training mode; `dropout` overrides every dropout rate."""
-    return _seeded(FAMILIES[family], dropout)
+    return _seeded({**FAMILIES, **IMAGES}[family], dropout)
 
 
 def kept_ids(model: torch.nn.Module) -> tuple[int, ...]:
@@ -108,6 +110,11 @@ def kept_ids(model: torch.nn.Module) -> tuple[int, ...]:
 def batch(model, *, size: int = 3, length: int = 9, seed: int = 0, ids=None) -> dict[str, torch.Tensor]:
     """A ragged batch with labels for the model's task, drawn from `kept_ids` or `ids`."""
     generator = torch.Generator().manual_seed(seed)
+    if "ImageClassification" in type(model).__name__:
+        side = model.config.image_size
+        pixels = torch.randn(size, model.config.num_channels, side, side, generator=generator)
+        labels = torch.randint(model.config.num_labels, (size,), generator=generator)
+        return {"pixel_values": pixels, "labels": labels}
     pool = torch.tensor([i for i in (ids or kept_ids(model)) if i > 3])
     tokens = pool[torch.randint(len(pool), (size, length), generator=generator)]
     mask = torch.ones_like(tokens)

@@ -13,6 +13,7 @@ from tightfit import (
     Checkpointing,
     FusedOps,
     LadderSide,
+    LearnableMemory,
     Lora,
     Losa,
     Mesa,
@@ -82,6 +83,11 @@ def _recurrent(name, **fields):
     return Row(name, make, keeps_names=False, exact=False, exports=False, families=("llama", "bert"))
 
 
+def _memory(name, **fields):
+    make = lambda model: LearnableMemory(tokens=2, **fields)  # noqa: E731
+    return Row(name, make, keeps_names=False, exact=False, exports=False, families=("vit",))
+
+
 ENCODERS = frozenset({"bert"})
 
 
@@ -121,6 +127,21 @@ ROWS = [
     _tokens("token-tune", ratio=0.5),
     _tokens("token-tune-count", count=4, policy="labelled", normalise="all"),
     _tokens("token-tune-block", ratio=0.4, policy="block", schedule="block"),
+    _memory("learnable-memory"),
+    _memory("learnable-memory-extension", visibility="extension", memory_norm=False, num_labels=4),
+    _memory("learnable-memory-shared", mode="shared"),
 ]
 
 FAMILIES = ("bert", "llama", "t5")
+NO_IMAGES = ("partial-embedding", "half-table", "swap-tokens", "recurrent-memory", "token-tune-block")
+"""Beginnings of the names of rows that only work on tokens."""
+
+
+def meeting(first: Row, second: Row) -> str | None:
+    """The family on which two rows are tried together."""
+    both = [family for family in ("llama", *first.families) if family in first.families and family in second.families]
+    images = [row for row in (first, second) if "vit" in row.families]
+    others = [row for row in (first, second) if "vit" not in row.families]
+    if not both and images and not others[0].name.startswith(NO_IMAGES):
+        return "vit"
+    return both[0] if both else None

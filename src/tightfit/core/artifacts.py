@@ -83,8 +83,7 @@ def load(model: nn.Module, folder: str | os.PathLike) -> Applied:
     from tightfit.core.apply import apply
 
     folder = Path(folder)
-    document = _read_document(folder)
-    tensors = _read_tensors(folder, document)
+    document, tensors = read(folder)
     base = document["base"]
     if base["class"] != type(model).__name__:
         raise ArtifactError(
@@ -114,6 +113,16 @@ def load(model: nn.Module, folder: str | os.PathLike) -> Applied:
         applied.remove()
         raise
     return applied
+
+
+def read(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The document and the tensors of what `save` wrote.
+
+    Raises:
+        ArtifactError: a file is missing or damaged.
+    """
+    document = _read_document(Path(folder))
+    return document, _read_tensors(Path(folder), document)
 
 
 def export(applied: Applied, folder: str | os.PathLike) -> None:

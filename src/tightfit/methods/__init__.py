@@ -4,6 +4,7 @@ from tightfit.core.recipe import method_classes
 from tightfit.core.transform import Transform
 from tightfit.methods.checkpointing import Checkpointing
 from tightfit.methods.fused_ops import FusedOps
+from tightfit.methods.learnable_memory import LearnableMemory
 from tightfit.methods.lora import Lora
 from tightfit.methods.mesa import Mesa
 from tightfit.methods.partial_embedding import PartialEmbedding
@@ -19,6 +20,7 @@ __all__ = [
     "Checkpointing",
     "FusedOps",
     "LadderSide",
+    "LearnableMemory",
     "Lora",
     "Losa",
     "Mesa",
