@@ -23,6 +23,7 @@ from tightfit import (
     Sherl,
     SparseAdapter,
     TokenTune,
+    TokenTuringMachine,
     Velora,
     WtaCrs,
 )
@@ -88,6 +89,11 @@ def _memory(name, **fields):
     return Row(name, make, keeps_names=False, exact=False, exports=False, families=("vit",))
 
 
+def _turing(name, **fields):
+    make = lambda model: TokenTuringMachine(tokens=2, memory=3, segment=3, layers=1, mlp=16, **fields)  # noqa: E731
+    return Row(name, make, keeps_names=False, exact=False, exports=False, families=("bert", "vit"))
+
+
 ENCODERS = frozenset({"bert"})
 
 
@@ -127,8 +133,9 @@ ROWS = [
     _tokens("token-tune", ratio=0.5),
     _tokens("token-tune-count", count=4, policy="labelled", normalise="all"),
     _tokens("token-tune-block", ratio=0.4, policy="block", schedule="block"),
+    _turing("token-turing-machine"),
+    _turing("token-turing-machine-open", freeze=False, unit="simplified", pool="last"),
     _memory("learnable-memory"),
-    _memory("learnable-memory-extension", visibility="extension", memory_norm=False, num_labels=4),
     _memory("learnable-memory-shared", mode="shared"),
 ]
 

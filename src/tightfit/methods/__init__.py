@@ -13,6 +13,7 @@ from tightfit.methods.reversible import Reversible
 from tightfit.methods.side import LadderSide, Losa, Sherl
 from tightfit.methods.sparse_adapter import SparseAdapter
 from tightfit.methods.token_tune import TokenTune
+from tightfit.methods.token_turing_machine import TokenTuringMachine
 from tightfit.methods.velora import Velora
 from tightfit.methods.wta_crs import WtaCrs
 
@@ -30,6 +31,7 @@ __all__ = [
     "Sherl",
     "SparseAdapter",
     "TokenTune",
+    "TokenTuringMachine",
     "Velora",
     "WtaCrs",
     "methods",

@@ -360,7 +360,7 @@ def with_logits(out: Any, logits: Tensor, loss: Tensor | None) -> Any:
     out.logits = logits
     if loss is not None:
         out = type(out)(**{**dict(out.items()), "loss": loss})
-    out.old_logits = old
+    out.old_logits = old.detach()
     return out
 
 
