@@ -1,0 +1,160 @@
+"""Every code block of README and docs runs as it stands, in a folder with a tiny model and data."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import runs
+import tiny_models
+import torch
+import transformers as hf
+import yaml
+from typer.testing import CliRunner
+
+import tightfit
+from tightfit.cli.app import app
+from tightfit.core.recipe import Recipe
+from tightfit.train.recipe_file import RecipeFile
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "```" in p.read_text())]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DECODERS = {"plan.md", "velora.md"}
+"""Pages whose model is a decoder."""
+SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+OUTSIDE = ("make", "pip")
+"""Commands that set the whole machine up; the project's own checks run them."""
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    return [code for language, code in BLOCK.findall(page.read_text()) if language in languages]
+
+
+def collated(features):
+    return {key: torch.tensor([row[key] for row in features]) for key in features[0]}
+
+
+def classifier(folder: Path) -> None:
+    """A BERT with its tokenizer under the name the docs use."""
+    torch.manual_seed(0)
+    tokenizer = tiny_models.wordpiece()
+    tokenizer.save_pretrained(folder / "path-or-hub-id")
+    config = hf.BertConfig(**{**SIZE, "num_hidden_layers": 4}, vocab_size=len(tokenizer), max_position_embeddings=128)
+    hf.BertForSequenceClassification(config).save_pretrained(folder / "path-or-hub-id")
+
+
+def model_of(page: Path):
+    if page.name == "losa.md":
+        return hf.AutoModelForImageClassification.from_pretrained("vit")
+    auto = hf.AutoModelForCausalLM if page.name in DECODERS else hf.AutoModelForSequenceClassification
+    return auto.from_pretrained("path-or-hub-id")
+
+
+def rows_of(count: int) -> list[dict]:
+    return [{"input_ids": [2, 5 + i % 7, 6, 7, 3], "attention_mask": [1] * 5, "labels": i % 2} for i in range(count)]
+
+
+@pytest.fixture
+def names(request, tmp_path, monkeypatch):
+    """What a reader is taken to have, in a folder of its own."""
+    page = request.node.callspec.params["page"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if page.name in DECODERS:
+        torch.manual_seed(0)
+        hf.LlamaForCausalLM(hf.LlamaConfig(**SIZE, vocab_size=300)).save_pretrained("path-or-hub-id")
+        tiny_models.bytes_bpe(eos_token="<eos>").save_pretrained("path-or-hub-id")
+    else:
+        classifier(tmp_path)
+    tiny_models.vit(tmp_path / "vit")
+    model = model_of(page)
+    tokenizer = hf.AutoTokenizer.from_pretrained("path-or-hub-id")
+    arguments = hf.TrainingArguments("out", max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True)
+    batch = collated(rows_of(4))
+    return {
+        "tightfit": tightfit,
+        "torch": torch,
+        "Trainer": hf.Trainer,
+        "model": model,
+        "vit": model,
+        "tokenizer": tokenizer,
+        "texts": [" ".join(tiny_models.WORDS)],
+        "held_out_texts": ["a fine story"],
+        "rows": rows_of(16),
+        "collator": collated,
+        "batches": [batch, batch],
+        "arguments": arguments,
+        "recipe": tightfit.Lora(rank=2),
+    }
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.name, marks=pytest.mark.slow if page.name == "plan.md" else ())
+        for page in PAGES
+        if blocks(page, "python") and "internals" not in page.parts
+    ],
+)
+def test_python_of_the_docs_runs(page, names, capsys):
+    for code in blocks(page, "python"):
+        exec(compile(code, f"{page.name}: {code[:40]!r}", "exec"), names)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "internals" in p.parts], ids=lambda p: p.name)
+def test_excerpts_are_python(page):
+    for code in blocks(page, "python"):
+        ast.parse("def excerpt():\n" + textwrap.indent(code, "    "))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "yaml")], ids=lambda p: p.name)
+def test_yaml_of_the_docs_is_a_recipe(page):
+    for code in blocks(page, "yaml"):
+        content = yaml.safe_load(code)
+        if "model" in content:
+            RecipeFile.model_validate(content)
+        else:
+            assert Recipe.from_list(content["methods"])
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    reference = (tmp_path / "site" / "reference" / "index.html").read_text()
+    shown = {name for name in tightfit.__all__ if f'id="tightfit.{name}"' in reference}
+    assert shown >= {cls.__name__ for cls in tightfit.methods()} | {"plan", "apply", "recommend", "Applied", "Plan"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=lambda p: p.name)
+def test_commands_of_the_docs_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    classifier(tmp_path)
+    (tmp_path / "train.tsv").write_text(runs.rows(40))
+    (tmp_path / "dev.tsv").write_text(runs.rows(16, seed=1))
+    files = [code for code in blocks(ROOT / "README.md", "yaml") if code.startswith("# ")]
+    for code in files:
+        (tmp_path / code.splitlines()[0].removeprefix("# ")).write_text(code.replace("epochs: 3", "max_steps: 2"))
+    ran = 0
+    for line in "".join(blocks(page, "bash")).splitlines():
+        command = shlex.split(line, comments=True)
+        if not command or command[0] in OUTSIDE:
+            continue
+        assert command[0] == "tightfit", line
+        result = CliRunner().invoke(app, command[1:])
+        assert result.exit_code == 0, f"{line}\n{result.output}"
+        ran += 1
+    assert ran or all(line.startswith(OUTSIDE) for line in "".join(blocks(page, "bash")).splitlines())
