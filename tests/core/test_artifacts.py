@@ -63,6 +63,16 @@ def drop_tensor(folder):
     resign(folder)
 
 
+def reshape_tensor(folder):
+    """One element where a matrix stood; copying it in would fill the matrix."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / TENSORS)
+    tensors[sorted(tensors)[0]] = torch.ones(1)
+    save_file(tensors, folder / TENSORS)
+    resign(folder)
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -80,6 +90,11 @@ def drop_tensor(folder):
         (truncate, r"SHA-256 \w{16}... does not match \w{16}... in recipe.json"),
         (corrupt_header, r"tightfit.safetensors: cannot be read"),
         (drop_tensor, r"tensors do not fit the recipe: bert.encoder"),
+        (reshape_tensor, r"bert.encoder.* is float32 \[1\], the recipe gives float32 \[2, 32\]"),
+        (lambda f: edit(f, lambda d: d.update(methods=[{"Lora": {"rank": 10**10}}])), r"10000000000, 32\] in this one"),
+        (lambda f: edit(f, lambda d: d.update(tensors_sha256=7)), r"tensors_sha256 is 7, expected a text"),
+        (lambda f: edit(f, lambda d: d["base"].update(tensors=[])), r"base.tensors is \[\], expected names with texts"),
+        (lambda f: (f / RECIPE).write_text("[" * 200_000), r"not valid JSON"),
     ],
 )
 def test_damaged_files_are_named_and_the_model_is_untouched(damage, said, tmp_path):

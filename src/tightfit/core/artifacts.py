@@ -81,6 +81,7 @@ def load(model: nn.Module, folder: str | os.PathLike) -> Applied:
         chain(Lora(rank=2))
     """
     from tightfit.core.apply import apply
+    from tightfit.core.plan import Draft
 
     folder = Path(folder)
     document, tensors = read(folder)
@@ -93,22 +94,24 @@ def load(model: nn.Module, folder: str | os.PathLike) -> Applied:
         recipe = Recipe.from_list(document["methods"])
     except RecipeError as error:
         raise ArtifactError(f"{folder / RECIPE_FILE}: {error}") from error
+    draft = Draft(model, recipe)
+    if draft.applied is not None:  # before anything of a size that a damaged recipe names is made
+        planned = draft.applied.model
+        _check_base(folder, "is", base["tensors"], _described(planned))
+        _check_fit(folder, _model_tensors(planned), _outside_parts(tensors))
     applied = apply(model, recipe)
     try:
         _check_base(folder, "is", base["tensors"], _described(model))
         own = _own_tensors(applied)
-        if set(own) != set(tensors):
-            odd = sorted(set(own) ^ set(tensors))
-            raise ArtifactError(f"{folder / TENSOR_FILE}: tensors do not fit the recipe: {shorten(odd, 5)}")
+        _check_fit(folder, own, tensors)
         _check_base(folder, "has digest", base["digests"], _digests(applied, set(tensors)))
         for part in applied.parts:
             prefix = f"{_PART}{type(part).__name__}/"
             part.load_tensors({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         # last, because stock parameters are written to and nothing can fail any more
         with torch.no_grad():
-            for name, value in tensors.items():
-                if not name.startswith(_PART):
-                    own[name].copy_(value)
+            for name, value in _outside_parts(tensors).items():
+                own[name].copy_(value)
     except BaseException:
         applied.remove()
         raise
@@ -162,11 +165,30 @@ def _config_kept(model: nn.Module) -> Iterator[None]:
 
 def _own_tensors(applied: Applied) -> dict[str, torch.Tensor]:
     """Everything training may change: trainable parameters, persistent buffers, the parts' own tensors."""
-    own: dict[str, torch.Tensor] = {name: p for name, p in applied.model.named_parameters() if p.requires_grad}
-    own.update(_persistent_buffers(applied.model))
+    own = _model_tensors(applied.model)
     for part in applied.parts:
         own.update({f"{_PART}{type(part).__name__}/{key}": value for key, value in part.tensors().items()})
     return own
+
+
+def _outside_parts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(_PART)}
+
+
+def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return trained | _persistent_buffers(model)
+
+
+def _check_fit(folder: Path, wanted: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
+    """Raises: ArtifactError unless the saved tensors have the names, shapes and types that the recipe gives."""
+    wrong = sorted(set(wanted) ^ set(tensors)) or [
+        f"{name} is {_description(tensors[name])}, the recipe gives {_description(tensor)}"
+        for name, tensor in sorted(wanted.items())
+        if _description(tensor) != _description(tensors[name]) and not name.startswith(_PART)
+    ]
+    if wrong:
+        raise ArtifactError(f"{folder / TENSOR_FILE}: tensors do not fit the recipe: {shorten(wrong, 5)}")
 
 
 def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -179,7 +201,11 @@ def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _described(model: nn.Module) -> dict[str, str]:
-    return {name: f"{str(p.dtype).removeprefix('torch.')} {list(p.shape)}" for name, p in model.named_parameters()}
+    return {name: _description(p) for name, p in model.named_parameters()}
+
+
+def _description(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _digests(applied: Applied, saved: set[str]) -> dict[str, str]:
@@ -213,7 +239,7 @@ def _read_document(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{folder}: no {RECIPE_FILE}; give the folder that Applied.save wrote")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(f"{path}: not valid JSON ({error}); the file is damaged") from None
     if not isinstance(document, dict) or document.get("tightfit") != FORMAT:
         found = document.get("tightfit") if isinstance(document, dict) else type(document).__name__
@@ -225,6 +251,14 @@ def _read_document(folder: Path) -> dict[str, Any]:
     ]
     if missing:
         raise ArtifactError(f"{path}: the key(s) {shorten(missing)} are missing; the file is damaged")
+    texts = {"tensors_sha256": document["tensors_sha256"], "base.class": base["class"]}
+    for key in ("tensors", "digests"):
+        if not isinstance(base[key], dict):
+            raise ArtifactError(f"{path}: base.{key} is {base[key]!r}, expected names with texts; the file is damaged")
+        texts |= {f"base.{key}.{name}": value for name, value in base[key].items()}
+    odd = [f"{key} is {value!r}" for key, value in texts.items() if not isinstance(value, str)]
+    if odd:
+        raise ArtifactError(f"{path}: {shorten(odd, 3)}, expected a text; the file is damaged")
     return document
 
 

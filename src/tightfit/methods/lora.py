@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import contextlib
 import dataclasses
 import enum
 from collections.abc import Iterator
@@ -211,8 +212,9 @@ class _AdapterHandle(Handle):
         self.flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         head = {name: model.get_parameter(name).requires_grad for name in edit.head}
         try:
-            # adapters on meta take nothing from the random state, so that planning leaves it alone
-            peft.inject_adapter_in_model(edit.config, model, adapter_name=ADAPTER, low_cpu_mem_usage=is_planning())
+            # adapters on meta take no memory, and nothing from the random state
+            with torch.device("meta") if is_planning() else contextlib.nullcontext():
+                peft.inject_adapter_in_model(edit.config, model, adapter_name=ADAPTER, low_cpu_mem_usage=is_planning())
             cast_adapter_dtype(model, ADAPTER)
         except BaseException:
             self.undo(model)
