@@ -14,6 +14,7 @@ from tightfit.core.edits import CallEdit, ChildEdit, Claim, Edit, ModuleEdit, is
 from tightfit.core.fields import check_bool, check_choice, check_int
 from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.recurrent_memory.calls import MemoryModel, MemoryReader
+from tightfit.methods.recurrent_memory.decoding import Generates
 from tightfit.methods.recurrent_memory.facts import Facts, check_masks, facts_of
 from tightfit.methods.recurrent_memory.reading import CHILD, drawn
 from tightfit.methods.recurrent_memory.recurrence import Recurrence, Settings
@@ -140,6 +141,8 @@ class RecurrentMemory(Transform):
         yield _ReaderEdit(slot=Slot.LOSS, module=facts.reader, mixin=MemoryReader, state=state, part=recurrence)
         if facts.head != "hidden":
             yield CallEdit(slot=Slot.LOSS, where="model", mixin=MemoryModel, state=state, note=note)
+        if facts.head == "causal" and hasattr(model, "generate"):
+            yield CallEdit(slot=Slot.LOSS, where="model", mixin=Generates, state=state, note="generates")
 
     def _segment(self, where: str, facts: Facts) -> int:
         """Tokens of a segment.

@@ -17,6 +17,8 @@ class MemoryModel:
         own: Recurrence = state_of(self, MemoryModel)["recurrence"]  # type: ignore[arg-type]
         call = dict(zip(names_of(self), args)) | kwargs  # type: ignore[arg-type]
         reader = hfmodel.stock_module(self, own.facts.reader)  # type: ignore[arg-type]
+        if own.decoding is not None:
+            return own.decoding.forward(self, reader, super().forward, call)  # type: ignore[misc]
         return own.run(self, reader, super().forward, call, own.facts.head)  # type: ignore[misc, arg-type]
 
 

@@ -70,7 +70,10 @@ def facts_of(model: nn.Module) -> Facts:
             f"its embeddings are {table.embedding_dim} wide and its hidden states {width}, so a hidden state cannot "
             f"stand in for an embedding",
         )
-    causal = any(getattr(m, "is_causal", False) is True for m in reader.modules())
+    sides = {getattr(m, "is_causal", None) for m in reader.modules()} & {True, False}
+    if not sides:
+        raise _refused(model, "its attention does not say whether it is causal")
+    causal = True in sides
     kinds = {str(k) for k in getattr(config, "layer_types", None) or ()}
     sliding = getattr(config, "sliding_window", None) if causal else None
     if kinds and "sliding_attention" not in kinds:

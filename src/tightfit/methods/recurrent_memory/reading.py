@@ -35,12 +35,14 @@ class Request:
     Attributes:
         memory: (B, m, d) before the segment.
         counts: (B,) its real tokens, or None: all.
+        begins: of a segment that is decoded with a cache, whether its memory still goes in front; None: of any other.
         behind: (B, 1) ids, or (B, 1, d) embeddings, of the token between an encoder's memory and its text.
         written: (B, m, d) after the segment.
     """
 
     memory: Tensor
     counts: Tensor | None = None
+    begins: bool | None = None
     behind: Tensor | None = None
     written: Tensor | None = None
 
@@ -62,6 +64,8 @@ def read(reader: Any, stock: Any, call: dict[str, Any], request: Request, facts:
     call["return_dict"] = True
     if not request.memory.shape[1]:
         request.written = request.memory
+        return stock(**call)
+    if request.begins is False:
         return stock(**call)
     ids, embeds = call.pop("input_ids", None), call.pop("inputs_embeds", None)
     table = reader.get_input_embeddings()
@@ -91,7 +95,8 @@ def _surrounded(table, stock, call, tokens, request, facts, both_ways, reader) -
     """A decoder's segment: memory to read, text, memory to write; padding comes last."""
     slots, width = request.memory.shape[1], tokens.shape[1]
     counts = request.counts
-    rows = torch.cat([request.memory, tokens, request.memory], 1)
+    memory = request.memory
+    rows = torch.cat([memory, tokens] if request.begins else [memory, tokens, memory], 1)
     place = torch.arange(rows.shape[1], device=rows.device)
     if counts is not None:
         ends = counts[:, None] + slots
@@ -111,7 +116,9 @@ def _surrounded(table, stock, call, tokens, request, facts, both_ways, reader) -
             call["position_ids"] = place[None]
     out = stock(**call)
     hidden = out.last_hidden_state
-    if counts is None:
+    if request.begins:
+        pass
+    elif counts is None:
         request.written = hidden[:, slots + width :].clone()
     else:
         index = ends + torch.arange(slots, device=rows.device)

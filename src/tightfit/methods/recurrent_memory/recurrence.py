@@ -43,7 +43,7 @@ class Recurrence(Part):
     Attributes:
         request: what the reader shall do with its next call; None: the reader is called by itself.
         steps: training forwards so far.
-        generating: a `generate` is under way.
+        decoding: the `generate` under way, or None.
         sizes: segments and tokens of the last call.
     """
 
@@ -51,7 +51,7 @@ class Recurrence(Part):
         self.settings, self.facts = settings, facts
         self.request: Request | None = None
         self.steps = 0
-        self.generating = False
+        self.decoding: Any = None
         self.sizes: tuple[int, int] | None = None
 
     # -- a part of the recipe ------------------------------------------------------------------------------------
