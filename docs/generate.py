@@ -462,6 +462,42 @@ def side_images(result: dict[str, Any]) -> str:
     return table(["recipe", "parameters that train", "accuracy (range over seeds)"], rows) + "\n" + footer(result)
 
 
+def recurrent_memory(result: dict[str, Any]) -> str:
+    recipes = [r for r in result["config"]["recipes"] if any(row["recipe"] == r for row in result["rows"])]
+    rows = []
+    for count in result["config"]["segments"]:
+        own = {row["recipe"]: row for row in result["rows"] if row["segments"] == count}
+        cells = [own.get(recipe) for recipe in recipes]
+        peaks = [
+            f"{mib(row['planned_peak_bytes'])} / {mib(row['measured_peak_bytes'])}" if row else "" for row in cells
+        ]
+        rows.append([str(count), *peaks, *(f"{row['seconds']:.2f}" if row else "" for row in cells[:2])])
+    header = ["segments", *(f"{recipe}, MiB planned / measured" for recipe in recipes)]
+    header += [f"{recipe}, s" for recipe in recipes[:2]]
+    return table(header, rows) + "\n" + footer(result)
+
+
+def recurrent_memory_tasks(result: dict[str, Any]) -> str:
+    rows = []
+    for task, memory in dict.fromkeys((row["task"], row["memory"]) for row in result["rows"]):
+        own = [row for row in result["rows"] if (row["task"], row["memory"]) == (task, memory)]
+        seconds = statistics.fmean(row["cpu_seconds"] for row in own)
+        rows.append([task, memory, spread([row["accuracy"] for row in own]), str(len(own)), f"{seconds:.0f}"])
+    return table(["task", "", "accuracy (range)", "seeds", "CPU seconds"], rows) + "\n" + footer(result)
+
+
+def recurrent_memory_language(result: dict[str, Any]) -> str:
+    rows = []
+    for recipe in result["config"]["recipes"]:
+        own = [row for row in result["rows"] if row["recipe"] == recipe]
+        if own:
+            seconds = statistics.fmean(row["cpu_seconds"] for row in own)
+            found = [spread([row[key] for row in own]) for key in ("perplexity", "train_perplexity")]
+            rows.append([recipe, *found, f"{statistics.fmean(row['steps'] for row in own):.0f}", f"{seconds:.0f}"])
+    header = ["", "test perplexity (range over seeds)", "training text", "steps", "CPU seconds"]
+    return table(header, rows) + "\n" + footer(result)
+
+
 def composition(result: dict[str, Any]) -> str:
     """A grid of all pairs, with the reasons of the refused ones below."""
     refusals: dict[frozenset[str], list[tuple[str, str | None]]] = {}
@@ -524,6 +560,9 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "partial_embedding": partial_embedding,
     "composition": composition,
+    "recurrent_memory": recurrent_memory,
+    "recurrent_memory_tasks": recurrent_memory_tasks,
+    "recurrent_memory_language": recurrent_memory_language,
     "vocabulary_shares": vocabulary_shares,
     "plan_accuracy": plan_accuracy,
     "plan_accuracy.rows": plan_accuracy_rows,
