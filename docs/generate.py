@@ -462,6 +462,34 @@ def side_images(result: dict[str, Any]) -> str:
     return table(["recipe", "parameters that train", "accuracy (range over seeds)"], rows) + "\n" + footer(result)
 
 
+def learnable_memory(result: dict[str, Any]) -> str:
+    times = {row["recipe"]: row["step_time"] for row in result["rows"] if row["task"] is None}
+    trained = [row for row in result["rows"] if row["task"] is not None]
+    rows = []
+    for recipe in dict.fromkeys(row["recipe"] for row in trained):
+        own = [row for row in trained if row["recipe"] == recipe]
+        of_task = [[row["accuracy"] for row in own if row["task"] == task] for task in result["config"]["tasks"]]
+        kept = [row["earlier_logits_bit_identical"] for row in own if "earlier_logits_bit_identical" in row]
+        rows.append(
+            [
+                recipe,
+                f"{own[0]['trainable_parameters']:,}",
+                *(spread(found) if found else "" for found in of_task),
+                ("bit for bit" if all(kept) else "no") if kept else "one model a task",
+                mib(own[0]["saved_bytes"]),
+                mib(own[0]["planned_peak_bytes"]),
+                f"{times[recipe]:.2f}",
+            ]
+        )
+    header = [
+        "recipe",
+        "parameters that train (digits)",
+        *(f"{task} (range over seeds)" for task in result["config"]["tasks"]),
+    ]
+    header += ["earlier tasks stay", "saved, MiB", "peak above the weights, MiB", "step time / full"]
+    return table(header, rows) + "\n" + footer(result)
+
+
 def recurrent_memory(result: dict[str, Any]) -> str:
     recipes = [r for r in result["config"]["recipes"] if any(row["recipe"] == r for row in result["rows"])]
     rows = []
@@ -495,6 +523,33 @@ def recurrent_memory_language(result: dict[str, Any]) -> str:
             found = [spread([row[key] for row in own]) for key in ("perplexity", "train_perplexity")]
             rows.append([recipe, *found, f"{statistics.fmean(row['steps'] for row in own):.0f}", f"{seconds:.0f}"])
     header = ["", "test perplexity (range over seeds)", "training text", "steps", "CPU seconds"]
+    return table(header, rows) + "\n" + footer(result)
+
+
+def token_turing_machine(result: dict[str, Any]) -> str:
+    trained = [row for row in result["rows"] if "accuracy" in row]
+    heads = dict.fromkeys(row["head"] for row in trained)
+    rows = [[head, spread([row["accuracy"] for row in trained if row["head"] == head])] for head in heads]
+    return (
+        table(["head", f"accuracy at {result['config']['steps']} steps (range over seeds)"], rows)
+        + "\n"
+        + footer(result)
+    )
+
+
+def token_turing_machine_cost(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["head"],
+            f"{row['steps']}",
+            f"{1000 * row['seconds_a_step']:.1f}",
+            mib(row["saved_bytes"]),
+            mib(row["planned_peak_bytes"]),
+        ]
+        for row in result["rows"]
+        if "accuracy" not in row
+    ]
+    header = ["head", "steps", "ms of CPU for each", "saved, MiB", "peak above the weights, MiB"]
     return table(header, rows) + "\n" + footer(result)
 
 
@@ -560,6 +615,9 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "partial_embedding": partial_embedding,
     "composition": composition,
+    "learnable_memory": learnable_memory,
+    "token_turing_machine": token_turing_machine,
+    "token_turing_machine.cost": token_turing_machine_cost,
     "recurrent_memory": recurrent_memory,
     "recurrent_memory_tasks": recurrent_memory_tasks,
     "recurrent_memory_language": recurrent_memory_language,
