@@ -27,6 +27,7 @@ from tightfit.train.recipe_file import RecipeFile
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "```" in p.read_text())]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+IMAGES = {"losa.md", "learnable-memory.md"}
 DECODERS = {"plan.md", "velora.md"}
 """Pages whose model is a decoder."""
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -52,7 +53,7 @@ def classifier(folder: Path) -> None:
 
 
 def model_of(page: Path):
-    if page.name == "losa.md":
+    if page.name in IMAGES:
         return hf.AutoModelForImageClassification.from_pretrained("vit")
     auto = hf.AutoModelForCausalLM if page.name in DECODERS else hf.AutoModelForSequenceClassification
     return auto.from_pretrained("path-or-hub-id")
@@ -85,6 +86,7 @@ def names(request, tmp_path, monkeypatch):
         "Trainer": hf.Trainer,
         "model": model,
         "vit": model,
+        "pixels": torch.randn(2, 3, 16, 16),
         "tokenizer": tokenizer,
         "texts": [" ".join(tiny_models.WORDS)],
         "held_out_texts": ["a fine story"],
