@@ -28,11 +28,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 SETTINGS: dict[str, Any] = {
     "segment": 50,
     "segments": 6,
-    "rows": 16,
+    "rows": 8,
     "width": 96,
     "layers": 3,
     "heads": 4,
-    "steps": 900,
+    "steps": 600,
     "warm_up": 50,
     "learning_rate": 2e-3,
     "held_out": 200,

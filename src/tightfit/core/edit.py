@@ -73,6 +73,34 @@ class Part:
         """Called with every optimizer made over the model's parameters."""
 
 
+class Picker(Part):
+    """The part of a method that leaves tokens out of a training step's graph, and forms the loss over the others.
+
+    One that calls the model with more tokens than the user gave, or runs it again in backward, asks it.
+    """
+
+    @property
+    def picks(self) -> bool:
+        """Whether tokens are left out at all."""
+        return True
+
+    def keep(self, positions: torch.Tensor, real: torch.Tensor) -> None:
+        """Before a call: (B, n) the tokens that must not be left out, (B, L) which ones are no padding."""
+        raise NotImplementedError
+
+    def places(self, positions: torch.Tensor) -> torch.Tensor | None:
+        """After a call: where tokens (B, n) stand among the rows that it returned; None where it returned all."""
+        raise NotImplementedError
+
+    def draws(self) -> Any:
+        """What the next call's choice depends on beside torch's generators."""
+        raise NotImplementedError
+
+    def restore_draws(self, state: Any) -> None:
+        """Put back what `draws` gave, so that the next call chooses the same again."""
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Edit:
     """Base of all edits. `claims` are the (slot, place) pairs it uses; two exclusive claims conflict."""

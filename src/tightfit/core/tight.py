@@ -70,6 +70,11 @@ def state_of(module: nn.Module, mixin: type) -> dict[str, Any]:
     return module.__dict__[_LAYERS][mixin]
 
 
+def states_of(module: nn.Module) -> list[dict[str, Any]]:
+    """The states of all mixins on this module."""
+    return list(module.__dict__.get(_LAYERS, {}).values())
+
+
 def is_tight(module: nn.Module, mixin: type | None = None) -> bool:
     """Whether the module carries `mixin` (or, without one, any mixin)."""
     layers = module.__dict__.get(_LAYERS, {})

@@ -179,14 +179,12 @@ class _TokensEdit(ChildEdit):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _ReaderEdit(ModuleEdit):
-    """The reader's part. It decides which tokens the reader gets, and a segment that runs again as a whole leaves no
-    room for others who keep its tensors.
-    """
+    """The reader's part. Others must not keep tensors of a segment that runs again as a whole, nor give it a cache."""
 
     exclusive: bool = True
 
     def claims(self) -> frozenset[Claim]:
-        return super().claims() | {(Slot.INPUTS, self.target), (Slot.SAVED_TENSORS, "(backbone)")}
+        return super().claims() | {(Slot.INPUTS, "(cache)"), (Slot.SAVED_TENSORS, "(backbone)")}
 
 
 _BPTT = "'full', 'none' or 'block:D' with the boundaries that gradients go through, D >= 0"

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.core import hfmodel
+from tightfit.core.edit import Picker
+from tightfit.core.tight import states_of
 from tightfit.methods.recurrent_memory.facts import Facts
 from tightfit.ops.autograd import autocast_dtype
 
@@ -59,6 +61,14 @@ def with_field(out: Any, **values: Any) -> Any:
     return type(out)(**{**fields, **values})
 
 
+def pickers(module: nn.Module) -> list[Picker]:
+    """Those who leave tokens of this module's step out of its graph now."""
+    if not (module.training and torch.is_grad_enabled()):
+        return []
+    found = [part for state in states_of(module) for part in state.values() if isinstance(part, Picker) and part.picks]
+    return list(dict.fromkeys(found))
+
+
 def read(reader: Any, stock: Any, call: dict[str, Any], request: Request, facts: Facts, *, both_ways: bool) -> Any:
     """The reader's output for a segment's own tokens; the memory behind it is left in the request."""
     call["return_dict"] = True
@@ -84,8 +94,14 @@ def _framed(table, stock, call, tokens, request, facts, both_ways, reader) -> An
         value = call.get(name)
         if value is not None:
             call[name] = torch.cat([value[:, :1], value[:, :1].expand(-1, slots + 1), value[:, 1:]], 1)
-    out = stock(**call)
+    mask = call.get("attention_mask")
+    columns = torch.arange(1, slots + 1, device=tokens.device).expand(len(tokens), -1)
+    real = torch.ones(call["inputs_embeds"].shape[:2], device=tokens.device) if mask is None else mask
+    out, rows = picked(reader, stock, call, columns, columns, real.bool())
     hidden = out.last_hidden_state
+    if rows is not None:
+        request.written = _rows(hidden, rows)
+        return out
     request.written = hidden[:, 1 : slots + 1].clone()  # not a view, which would keep all of it
     out.last_hidden_state = torch.cat([hidden[:, :1], hidden[:, slots + 2 :]], 1)
     return out
@@ -114,17 +130,44 @@ def _surrounded(table, stock, call, tokens, request, facts, both_ways, reader) -
         call["attention_mask"] = masks(place, slots, width if counts is None else counts, rows, facts, reader)
         if "position_ids" in names_of(reader):
             call["position_ids"] = place[None]
-    out = stock(**call)
+    behind = torch.full((len(rows), 1), slots + width, device=rows.device) if counts is None else ends
+    written = behind + place[:slots]
+    kept = torch.cat([place[:slots].expand(len(rows), -1), written], 1)
+    if facts.head == "pooled":  # such a head reads the last token
+        kept = torch.cat([kept, behind - 1], 1)
+    out, found = picked(reader, stock, call, kept, written, place < behind + slots)
     hidden = out.last_hidden_state
-    if request.begins:
-        pass
-    elif counts is None:
+    if found is not None:
+        request.written = _rows(hidden, found)
+        return out
+    if counts is None:
         request.written = hidden[:, slots + width :].clone()
-    else:
-        index = ends + torch.arange(slots, device=rows.device)
-        request.written = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
+    elif not request.begins:
+        request.written = _rows(hidden, written)
     out.last_hidden_state = hidden[:, slots : slots + width]
     return out
+
+
+def picked(reader: Any, stock: Any, call: dict[str, Any], keep: Tensor, asked: Tensor, real: Tensor) -> Any:
+    """The reader's output, where those who leave tokens out are told what to keep.
+
+    Args:
+        keep: (B, n) columns that must not be left out. asked: (B, m) columns that are looked for.
+        real: (B, T) no padding.
+
+    Returns:
+        (output, (B, m) where the columns stand among the rows returned; None: where they were)
+    """
+    own = pickers(reader)
+    for part in own:
+        part.keep(keep, real)
+    out = stock(**call)
+    places = [where for part in own if (where := part.places(asked)) is not None]
+    return out, places[0] if places else None
+
+
+def _rows(hidden: Tensor, index: Tensor) -> Tensor:
+    return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
 
 
 def masks(place: Tensor, slots: int, counts: Any, like: Tensor, facts: Facts, reader: nn.Module) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from tightfit.core.hfmodel import has_values
 from tightfit.methods.recurrent_memory import layout
 from tightfit.methods.recurrent_memory.facts import Facts
 from tightfit.methods.recurrent_memory.layout import Piece
-from tightfit.methods.recurrent_memory.reading import Request, first_memory, with_field
+from tightfit.methods.recurrent_memory.reading import Request, first_memory, names_of, pickers, with_field
 from tightfit.ops.replay import Replay, drops
 
 IGNORED = -100
@@ -95,7 +96,7 @@ class Recurrence(Part):
             return stock(**given)
         tuple_wanted = not _returns_dict(model, call.pop("return_dict", None))
         labels, targets, total = self._labels(call, head, mask)
-        if "use_cache" in _names(model):
+        if "use_cache" in names_of(model):
             call["use_cache"] = False
         moved = source = None
         if self.facts.causal and head in ("causal", "hidden"):
@@ -118,7 +119,7 @@ class Recurrence(Part):
         labelled = targets is not None or (head == "pooled" and labels is not None)
         if training and labelled:
             pieces, total = self._stage(pieces, targets, total, main)
-        step = functools.partial(self._step, stock, call, targets, total, head, (rows, length), not training)
+        step = functools.partial(self._step, model, stock, call, targets, total, head, (rows, length), not training)
         results, last = self._loop(reader, pieces, step, main, rows, training, labels if head == "pooled" else None)
         out = self._joined(results, last, head, targets, training, source, moved, length)
         return out.to_tuple() if tuple_wanted else out
@@ -183,7 +184,9 @@ class Recurrence(Part):
                 memory = memory.detach()
         return results, out
 
-    def _step(self, stock, call, targets, total, head, shape, all_logits, piece: Piece, labels, memory, whole=False):
+    def _step(
+        self, model, stock, call, targets, total, head, shape, all_logits, piece: Piece, labels, memory, whole=False
+    ):
         """(loss or outputs of the segment's tokens, memory behind it, and where `whole` the model's output)."""
         rows, length = shape
         own = {k: piece.take(v) if aligned(v, rows, length) else v for k, v in call.items()}
@@ -192,8 +195,14 @@ class Recurrence(Part):
         own["attention_mask"] = None if mask is None else mask.long()
         if mask is not None and own.get("input_ids") is not None:
             own["input_ids"] = own["input_ids"].masked_fill(~mask, self.facts.padding)
+        picking = bool(pickers(model)) and targets is not None
         if labels is not None:
             own["labels"] = labels
+        elif picking:
+            # they take the loss over the tokens that are left, in the order in which the reader sees them
+            where = self._targets(piece, targets)
+            own["labels"] = own["shift_labels"] = self._spread(where)
+            own["num_items_in_batch"] = total
         request = Request(memory, counts=piece.counts)
         if self.facts.framing:
             assert piece.counts is not None
@@ -210,6 +219,8 @@ class Recurrence(Part):
             result = out.last_hidden_state
         elif head == "pooled":
             result = None
+        elif picking:
+            result = out.loss
         elif targets is not None:
             result = self._loss(out.logits, self._targets(piece, targets), total)
             if all_logits:
@@ -217,6 +228,14 @@ class Recurrence(Part):
         else:
             result = out.logits
         return (result, written, out) if whole else (result, written)
+
+    def _spread(self, targets: Tensor) -> Tensor:
+        """(B, W) -> (B, T): the targets with the memory's places between them, which have none."""
+        slots = self.settings.tokens
+        if not self.facts.framing or not slots:
+            return F.pad(targets, (slots, slots), value=IGNORED)
+        between = torch.full_like(targets[:, :1], IGNORED).expand(-1, slots + 1)
+        return torch.cat([targets[:, :1], between, targets[:, 1:]], 1)
 
     def _loss(self, logits: Tensor, targets: Tensor, total: Any) -> Tensor:
         if logits.dtype in (torch.float16, torch.bfloat16):
@@ -251,6 +270,20 @@ def again(run: Callable[..., Any], memory: Tensor, reader: nn.Module) -> Any:
     """Run a segment and keep the memory before it only; in backward it runs again as it ran."""
     real = has_values(memory)
     state = Replay(memory.device.type, True)
+    parts = pickers(reader)
+    choices = [part.draws() for part in parts]
+
+    @contextlib.contextmanager
+    def second():
+        before = [part.draws() for part in parts]
+        for part, choice in zip(parts, choices):
+            part.restore_draws(choice)
+        try:
+            with state.again():
+                yield
+        finally:
+            for part, choice in zip(parts, before):
+                part.restore_draws(choice)
 
     class First:
         def __enter__(self):
@@ -264,7 +297,7 @@ def again(run: Callable[..., Any], memory: Tensor, reader: nn.Module) -> Any:
         memory,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=lambda: (First(), state.again()),
+        context_fn=lambda: (First(), second()),
     )
 
 
@@ -327,12 +360,6 @@ def _gathered(value: Tensor, index: Tensor) -> Tensor:
     """(B, N, ...) and (B, L) -> (B, L, ...)."""
     wide = index.view(*index.shape, *[1] * (value.dim() - 2))
     return value.gather(1, wide.expand(*index.shape, *value.shape[2:]))
-
-
-def _names(module: nn.Module) -> tuple[str, ...]:
-    from tightfit.methods.recurrent_memory.reading import names_of
-
-    return names_of(module)
 
 
 def _returns_dict(model: Any, given: bool | None) -> bool:

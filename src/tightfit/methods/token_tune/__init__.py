@@ -22,7 +22,7 @@ from tightfit.methods.token_tune.calls import (
     TunedModel,
     TunedRunner,
 )
-from tightfit.methods.token_tune.edits import CheckEdit, RegistryEdit
+from tightfit.methods.token_tune.edits import CachingEdit, CheckEdit, RegistryEdit
 from tightfit.methods.token_tune.facts import facts_of
 from tightfit.methods.token_tune.policies import POLICIES
 from tightfit.methods.token_tune.tuner import Settings, Tuner
@@ -152,7 +152,8 @@ class TokenTune(Transform):
         yield RegistryEdit(note="captures keys and values")
         if facts.runner:
             yield CallEdit(where="model", mixin=TunedModel, state=state, note="loss over the selected tokens")
-        yield ModuleEdit(slot=Slot.INPUTS, module=facts.runner, mixin=TunedRunner, state=state, part=tuner, note=note)
+        runner = CachingEdit if self.schedule == "suffix" else ModuleEdit
+        yield runner(slot=Slot.INPUTS, module=facts.runner, mixin=TunedRunner, state=state, part=tuner, note=note)
         if facts.embeddings:
             yield ModuleEdit(slot=Slot.INPUTS, module=facts.embeddings, mixin=SelectedTokens, state=state)
         if facts.table:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tightfit.core import hfmodel
-from tightfit.core.edits import Edit, Handle, is_planning
+from tightfit.core.edits import Claim, Edit, Handle, ModuleEdit, is_planning
 from tightfit.core.errors import UnsupportedModelError
 from tightfit.core.tight import state_of
 from tightfit.core.transform import Slot
@@ -60,6 +60,14 @@ class _RegistryHandle(Handle):
         for config, before in reversed(self.changed):
             if config._attn_implementation_internal == PREFIX + before:
                 config._attn_implementation_internal = before
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class CachingEdit(ModuleEdit):
+    """Run a module with a cache of its own in training."""
+
+    def claims(self) -> frozenset[Claim]:
+        return super().claims() | {(Slot.INPUTS, "(cache)")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -110,7 +110,9 @@ def most(ratio: float | None, count: int | None, length: int, keep: int) -> int:
     return min(length, max(keep, wanted))
 
 
-def select(draw: Draw, ratio: float | None, count: int | None, policy: str, random: Counter, least: int) -> Selection:
+def select(
+    draw: Draw, ratio: float | None, count: int | None, policy: str, random: Counter, least: int, extra: int = 0
+) -> Selection:
     """Draw the tokens of a batch.
 
     Args:
@@ -119,15 +121,17 @@ def select(draw: Draw, ratio: float | None, count: int | None, policy: str, rand
         policy: one of `POLICIES`.
         random: where random numbers come from; policies that need none take none.
         least: size of the keep set.
+        extra: tokens of each row that are kept besides, and do not count.
     """
     rows, length = draw.real.shape
     device = draw.real.device
     lengths = draw.real.sum(1)
     if policy == "bernoulli":
-        return _bernoulli(draw, ratio, count, random)
-    size = most(ratio, count, length, least)
-    wanted = (lengths * ratio).round().long() if ratio is not None else torch.full_like(lengths, count or 0)
-    wanted = torch.minimum(wanted.clamp_min(least), lengths)
+        return _bernoulli(draw, ratio, count, random, extra)
+    size = most(ratio, count, length - extra, least) + extra
+    own = lengths - extra
+    wanted = (own * ratio).round().long() if ratio is not None else torch.full_like(lengths, count or 0)
+    wanted = torch.minimum(wanted.clamp_min(least), own) + extra
     open_ones = draw.real
     places = torch.arange(length, device=device)
     if policy == "suffix":
@@ -154,7 +158,7 @@ def select(draw: Draw, ratio: float | None, count: int | None, policy: str, rand
     return arranged(picked, valid, chance)
 
 
-def _bernoulli(draw: Draw, ratio: float | None, count: int | None, random: Counter) -> Selection:
+def _bernoulli(draw: Draw, ratio: float | None, count: int | None, random: Counter, extra: int) -> Selection:
     rows, length = draw.real.shape
     device = draw.real.device
     lengths = draw.real.sum(1, keepdim=True)
@@ -167,6 +171,7 @@ def _bernoulli(draw: Draw, ratio: float | None, count: int | None, random: Count
     size = min(length, math.ceil(mean + SPREAD * math.sqrt(max(0.0, mean * (1 - mean / length)))) + 2)
     if draw.scores is not None:  # the chances may all be at either end
         size = min(length, math.ceil(mean + SPREAD * math.sqrt(mean)) + 2)
+    size = min(length, size + extra)
     drawn = random.uniform(rows, length, device)
     taken = draw.real & (drawn < chance)
     order = torch.where(taken, drawn, 2.0).masked_fill(draw.keep & draw.real, -1.0)

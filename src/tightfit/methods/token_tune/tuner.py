@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.core import hfmodel
-from tightfit.core.edits import Part
+from tightfit.core.edit import Picker
 from tightfit.core.errors import StateError, UnsupportedModelError
 from tightfit.methods.token_tune import policies
 from tightfit.methods.token_tune.facts import Facts
@@ -61,7 +61,7 @@ class Settings:
     kv_grad_scale: float
 
 
-class Tuner(Part):
+class Tuner(Picker):
     """Selection, its random source, and the two runs of a step."""
 
     def __init__(self, settings: Settings, facts: Facts, seed: int, limit: int | None):
@@ -71,6 +71,7 @@ class Tuner(Part):
         self.replay: Replay | None = None
         self.tape: Any = None
         self.sizes: tuple[int, int] | None = None
+        self.kept: tuple[Tensor, Tensor] | None = None
 
     @property
     def whole(self) -> bool:
@@ -95,6 +96,28 @@ class Tuner(Part):
         twin = memo[id(self)] = Tuner(self.settings, self.facts, self.random.seed, self.limit)
         twin.random.step = self.random.step
         return twin
+
+    # -- for those who call the model with tokens of their own ---------------------------------------------------
+
+    @property
+    def picks(self) -> bool:
+        return not self.whole
+
+    def keep(self, positions: Tensor, real: Tensor) -> None:
+        self.kept = (positions, real)
+
+    def places(self, positions: Tensor) -> Tensor | None:
+        request = self.request
+        if request is None or not request.rows or request.selection is None:
+            return None
+        chosen = request.selection.positions.masked_fill(~request.selection.valid, -1)
+        return (chosen[:, None, :] == positions[:, :, None]).long().argmax(2)
+
+    def draws(self) -> int:
+        return self.random.step
+
+    def restore_draws(self, state: int) -> None:
+        self.random.step = state
 
     # -- one call ------------------------------------------------------------------------------------------------
 
@@ -240,6 +263,15 @@ class Tuner(Part):
             device = _main(call).device
         shape = tuple(shape)
         real = request.real.to(device) if request.real is not None else self.real_of(call, shape, device)
+        kept, self.kept = self.kept, None
+        extra = 0
+        if kept is not None:
+            if request.positions is not None or request.scores is not None:
+                raise ValueError(
+                    "TokenTune: token_positions or token_scores were given, but the recipe calls the model with other "
+                    "tokens than the batch's, segment by segment; leave them out"
+                )
+            real, extra = kept[1], kept[0].shape[1]
         keep = policies.keep_set(real, causal=self.facts.causal)
         if request.keep is not None:
             places = request.keep.clamp(0, shape[1] - 1)
@@ -252,6 +284,8 @@ class Tuner(Part):
             scores = capture.updates
         if settings.policy == "bernoulli" and self.facts.per_token:
             keep = torch.zeros_like(keep)
+        if kept is not None:
+            keep = keep | torch.zeros_like(keep).scatter(1, kept[0], True)
         if request.positions is not None:
             chance = torch.full(shape, self._share(shape[1]), device=device)
             if scores is not None and settings.policy == "bernoulli":
@@ -260,7 +294,8 @@ class Tuner(Part):
         else:
             draw = Draw(real, keep, request.labelled, scores)
             random = self.random
-            selection = policies.select(draw, settings.ratio, settings.count, settings.policy, random, self.facts.least)
+            budget = (settings.ratio, settings.count)
+            selection = policies.select(draw, *budget, settings.policy, random, self.facts.least, extra)
         self.sizes = (selection.positions.shape[1], shape[1])
         request.selection = selection
         return selection
