@@ -23,10 +23,10 @@ TASKS = {"digits": 10, "turns": 4}
 RECIPES: dict[str, tuple[float, dict[str, Any] | str]] = {
     "linear probe": (1e-2, "probe"),
     "full fine-tuning": (5e-4, "full"),
-    "isolated, 1 token": (1e-2, {"tokens": 1}),
-    "isolated, 5 tokens": (1e-2, {}),
-    "isolated, 5 tokens, extension": (1e-2, {"visibility": "extension"}),
-    "isolated, 5 tokens, without the norm": (1e-2, {"memory_norm": False}),
+    "isolated, 1 token": (2e-2, {"tokens": 1}),
+    "isolated, 5 tokens": (2e-2, {}),
+    "isolated, 5 tokens, extension": (2e-2, {"visibility": "extension"}),
+    "isolated, 5 tokens, without the norm": (2e-2, {"memory_norm": False}),
     "shared, 5 tokens": (1e-2, {"mode": "shared"}),
 }
 SETTINGS: dict[str, Any] = {

@@ -485,6 +485,16 @@ def test_the_plan_is_the_step_to_the_byte(recipe):
     assert allocator_peak(step) - others == pytest.approx(planned.peak_bytes, abs=256)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [LearnableMemory(), LearnableMemory(mode="shared")], ids=str)
+def test_a_deep_model_is_planned_from_short_ones(recipe):
+    model = vit(layers=14).float()
+    tightfit.apply(model, recipe)
+    batch = {k: v.float() if v.is_floating_point() else v for k, v in images(4).items()}
+    whole, short = (simulate(model, batch, optimizer="sgd", extrapolate=how) for how in (False, True))
+    assert (whole.peak_bytes, whole.saved_bytes) == (short.peak_bytes, short.saved_bytes)
+
+
 def _others(model, batch):
     from tightfit.core.memory import live_bytes
 

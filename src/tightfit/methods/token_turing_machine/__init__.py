@@ -110,9 +110,11 @@ class TokenTuringMachine(Transform):
             )
 
     def freezes(self, model: nn.Module) -> Iterator[str]:
-        # the model's own head is not used: its logits come from the stream
+        # the model's own head, and the pooler before it, are not used: the logits come from the stream
         base = hfmodel.backbone(model)[0]
-        return (n for n, _ in model.named_parameters() if self.freeze or not n.startswith(f"{base}."))
+        for name, _ in model.named_parameters():
+            if self.freeze or not name.startswith(f"{base}.") or name.startswith(f"{base}.pooler."):
+                yield name
 
     def edits(self, model: nn.Module, context: Context) -> Iterator[Edit]:
         config = self._checked(model)
