@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import gc
 import os
 import re
 import shlex
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from typer.testing import CliRunner
 
 import tightfit
 from tightfit.cli.app import app
-from tightfit.core.recipe import Recipe
+from tightfit.core.recipe import Recipe, method_classes
 from tightfit.train.recipe_file import RecipeFile
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +111,29 @@ def names(request, tmp_path, monkeypatch):
 def test_python_of_the_docs_runs(page, names, capsys):
     for code in blocks(page, "python"):
         exec(compile(code, f"{page.name}: {code[:40]!r}", "exec"), names)
+
+
+def test_the_worked_example_passes_its_own_tests(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    import models
+    from checks.rows import Row
+
+    names = {"__name__": "worked_example", "models": models, "pytest": pytest, "tightfit": tightfit, "Row": Row}
+    monkeypatch.setitem(sys.modules, "worked_example", types.ModuleType("worked_example"))
+    for code in blocks(ROOT / "docs" / "internals" / "adding-a-method.md", "python"):
+        exec(compile(code, "adding-a-method.md", "exec"), names)
+    tests = [item for name, item in names.items() if name.startswith("test_")]
+    assert len(tests) == 2
+    for test in tests:
+        test()
+    plan = tightfit.plan(models.bert(), tightfit.chain(names["BitFit"](norms=True), tightfit.FusedOps()), batch=(2, 8))
+    assert 0 < plan.trainable_parameters < plan.total_parameters // 4
+    with pytest.raises(TypeError, match="norms"):
+        names["BitFit"](norms=1)
+    del plan, tests, test
+    names.clear()
+    gc.collect()  # classes of methods are known for as long as they live
+    assert "BitFit" not in method_classes()
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "internals" in p.parts], ids=lambda p: p.name)
