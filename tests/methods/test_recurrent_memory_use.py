@@ -121,6 +121,17 @@ def test_plans_are_real_to_the_byte(family, name):
     assert abs(plan.peak_bytes - found.peak_bytes) <= 256
 
 
+@pytest.mark.parametrize("given", [(2, 100), "dict"], ids=["sizes", "dict"])
+def test_rows_beyond_the_window_are_planned(given):
+    model = build(DECODERS["gpt2"], double=False)
+    ids = torch.randint(4, 100, (2, 100))
+    batch = {"input_ids": ids, "labels": ids.clone()} if given == "dict" else given
+    with pytest.raises(tightfit.DataError, match="positions"):
+        tightfit.plan(model, batch=batch)
+    plan = tightfit.plan(model, RecurrentMemory(tokens=4), batch=batch)
+    assert abs(plan.peak_bytes - plan.verify(model).peak_bytes) <= 256
+
+
 # -- the second run ----------------------------------------------------------------------------------------------------
 
 

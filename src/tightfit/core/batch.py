@@ -33,14 +33,16 @@ def describe_batch(batch: Any) -> str:
     return f"{size} x {length} (padded)"
 
 
-def check_batch(model: nn.Module, batch: Any) -> None:
+def check_batch(model: nn.Module, batch: Any, *, long_rows: bool = False) -> None:
     """Refuse a batch that this model cannot be called with, naming the part that does not fit.
+
+    Rows may be longer than the model has positions with `long_rows`.
 
     Raises:
         DataError: neither a dict nor a pair of sizes, keys the model does not take or lacks, different numbers of
             rows, more tokens than the model has positions, or token ids outside its vocabulary.
     """
-    limit = positions(model)
+    limit = None if long_rows else positions(model)
     if not isinstance(batch, Mapping):
         _, length = _pair(batch)
         if limit is not None and length > limit:

@@ -232,15 +232,17 @@ class Draft:
 
     def plan(self, batch: Batch, optimizer: str | Callable, options: dict[str, Any]) -> Plan:
         """The plan of a step; see `plan`."""
-        from tightfit.core.simulate import simulate
+        from tightfit.core.simulate import example_batch, simulate
 
-        check_batch(self.model, batch)
+        long_rows = any(transform.long_rows for transform in self.recipe)
+        check_batch(self.model, batch, long_rows=long_rows)
         shared = self._shared(batch, optimizer, options)
         if self.applied is None:
             return Plan(**shared, peak_bytes=0, by_category={})
         if not self.trainable:
             raise StateError(f"plan: the recipe {self.recipe} leaves no parameter to train")
-        found = simulate(self.applied.model, batch, optimizer=optimizer, **options)
+        inputs = example_batch(self.model, *batch, long_rows=True) if long_rows and isinstance(batch, tuple) else batch
+        found = simulate(self.applied.model, inputs, optimizer=optimizer, **options)
         by_category = dict.fromkeys(CATEGORIES, 0) | found.by_category
         by_category["host"] += self._host_bytes()
         return Plan(**shared, peak_bytes=found.peak_bytes, by_category=by_category, simulation=found, notes=found.notes)

@@ -59,6 +59,7 @@ class Transform:
         touches: the slots its edits may use.
         exact: the gradients equal those of the untransformed step.
         reversible: it can be removed without loss.
+        long_rows: rows may be longer than the model has positions.
     """
 
     name: ClassVar[str] = ""
@@ -67,6 +68,7 @@ class Transform:
     exact: ClassVar[bool] = False
     reversible: ClassVar[bool] = False
     summary: ClassVar[str] = ""
+    long_rows: ClassVar[bool] = False
 
     def edits(self, model: torch.nn.Module, context: Context) -> Iterable[Edit]:
         """Yield what to change, resolved on the untouched base model; must not change the model."""

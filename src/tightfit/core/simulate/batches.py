@@ -32,7 +32,9 @@ def task_of(model: nn.Module) -> str | None:
     return None
 
 
-def example_batch(model: nn.Module, batch_size: int, length: int, *, padded: bool = True) -> dict[str, torch.Tensor]:
+def example_batch(
+    model: nn.Module, batch_size: int, length: int, *, padded: bool = True, long_rows: bool = False
+) -> dict[str, torch.Tensor]:
     """A batch with labels that fits the model's task; on the CPU, a few kilobytes but for images.
 
     Args:
@@ -42,6 +44,7 @@ def example_batch(model: nn.Module, batch_size: int, length: int, *, padded: boo
             target tokens.
         padded: the last row is a quarter shorter, so the model builds its padding mask as for real text. False
             gives full rows with an all-ones mask.
+        long_rows: they may be longer than the model has positions.
 
     Raises:
         SimulationError: sizes below 1, a length above the model's positions, or a task that is not known here.
@@ -64,7 +67,8 @@ def example_batch(model: nn.Module, batch_size: int, length: int, *, padded: boo
         raise SimulationError(
             f"batch: no example batch is known for {type(_inner(model)).__name__}; give a dict of tensors with labels"
         )
-    _check_length(config, length)
+    if not long_rows:
+        _check_length(config, length)
     rows = (batch_size, length)
     ids, mask = _tokens(config, rows), torch.ones(rows, dtype=torch.long)
     short = length - max(1, length // 4) if padded and length > 1 else length

@@ -82,6 +82,7 @@ class RecurrentMemory(Transform):
     touches: ClassVar[frozenset[Slot]] = frozenset({Slot.NEW_PARAMETERS, Slot.LOSS})
     exact: ClassVar[bool] = False
     reversible: ClassVar[bool] = True
+    long_rows: ClassVar[bool] = True
     summary: ClassVar[str] = "long rows in segments, with memory tokens between them; activations of one segment"
 
     def __post_init__(self) -> None:

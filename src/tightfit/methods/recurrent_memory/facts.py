@@ -120,9 +120,7 @@ def check_masks(model: nn.Module) -> None:
         reason = f"it has layers of type {', '.join(odd)}"
     elif "sdpa" not in now and "eager" not in now:
         reason = f"its attention {now!r} takes no mask for each pair of tokens (load it with sdpa or eager)"
-    elif getattr(config, "alibi", False) is True or any(
-        "alibi" in inspect.signature(m.forward).parameters for m in model.modules()
-    ):
+    elif getattr(config, "alibi", False) is True:
         reason = "its attention adds ALiBi, which is made from the padding mask"
     elif not (getattr(model, "_supports_attention_backend", False) or getattr(model, "_supports_sdpa", False)):
         reason = "it does not take its attention from transformers' attention registry"
