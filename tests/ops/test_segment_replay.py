@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 
 import pytest
@@ -216,6 +217,28 @@ def test_a_parameters_hooks_see_one_whole_gradient():
     sum(a.sum() for a, _ in outputs).backward()
     assert len(seen) == 1
     assert torch.equal(seen[0], cell.out.weight.grad)
+
+
+def test_nothing_stays_of_a_state_that_gets_no_gradient():
+    weight = torch.randn(WIDTH, WIDTH, requires_grad=True)
+
+    def step(state, x):
+        return x @ weight, torch.softmax(torch.tanh(state + x @ weight), -1)
+
+    def left():
+        gc.collect()
+        return sum(1 for item in gc.get_objects() if issubclass(type(item), torch.Tensor))
+
+    def run():
+        outputs, _ = segment_replay(step, torch.zeros(4, WIDTH), list(torch.randn(3, 4, WIDTH)), [weight])
+        sum(out.sum() for out in outputs).backward()
+        weight.grad = None
+
+    run()
+    before = left()
+    for _ in range(3):
+        run()
+    assert left() == before
 
 
 def test_misuse_is_refused():

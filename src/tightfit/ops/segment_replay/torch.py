@@ -227,6 +227,14 @@ def _leaf(tensor: Tensor, wanted: bool) -> Tensor:
     return tensor.detach().requires_grad_(wanted and _differentiable(tensor))
 
 
+def _kept(tensor: Tensor) -> Tensor:
+    """A saved tensor, without its graph.
+
+    A node that keeps its own output would otherwise keep itself alive, for ever where it gets no gradient.
+    """
+    return tensor if tensor.grad_fn is None else tensor.detach()
+
+
 def _again(run: _Run, t: int, state, wants, given, needs, pull):
     """One step with a graph; the gradients of its state, of its input, and of the parameters."""
     nothing = [None] * len(state), [None] * len(given), [None] * len(run.parameters)
@@ -235,7 +243,7 @@ def _again(run: _Run, t: int, state, wants, given, needs, pull):
     state = [_leaf(tensor, want) for tensor, want in zip(state, wants)]
     given = [_leaf(tensor, need) for tensor, need in zip(given, needs)]
     # what this short graph keeps is no affair of hooks that look at, or move, what the whole step keeps
-    apart = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    apart = torch.autograd.graph.saved_tensors_hooks(_kept, lambda x: x)
     with torch.enable_grad(), run.replays[t].again(), apart:
         out, after = run.step(run.states[t].filled(state), run.given[t].filled(given))
     made = [*_taken(out)[1], *_taken(after)[1]]
