@@ -207,6 +207,14 @@ def test_what_read_refuses(tmp_path):
         memories.read(tmp_path / "lora")
     with pytest.raises(tightfit.ArtifactError, match=r"no recipe\.json"):
         memories.read(tmp_path / "nothing")
+    recipe = tmp_path / "x" / "recipe.json"
+    whole = recipe.read_text()
+    recipe.write_text(whole.replace('"extension"', '"extension", "tokens": 4'))
+    model, memories = of(visibility="extension")
+    with pytest.raises(tightfit.ArtifactError, match=r"task_x is \(5, 32\), expected \(4, 32\); the file is damaged"):
+        memories.read(tmp_path / "x")
+    assert memories.names == ["c"]
+    recipe.write_text(whole)
     other = vit()
     with torch.no_grad():
         body(other).layers[0].mlp.fc1.weight.add_(1)

@@ -203,6 +203,7 @@ class Memories(Part):
                     f"{folder}: task {task!r} has {there[task][0]} labels and {there[task][1]} memory tokens, this "
                     f"recipe says {known[0]} and {known[1]}"
                 )
+        values = {task: self._values(folder, tensors, task, *there[task]) for task in wanted}
         for task in wanted:
             if task not in self.sizes:
                 self._add(model, task, *there[task])
@@ -210,8 +211,7 @@ class Memories(Part):
                     hold(owner, task)
                 last = self.sizes.pop(self.task)
                 self.sizes |= {task: there[task], self.task: last}
-            state = {k: v for k, v in tensors.items() if f".{PREFIX}{task}" in k and _of_task(k, task)}
-            model.load_state_dict(state, strict=False)
+            model.load_state_dict(values[task], strict=False)
             self.unread.discard(task)
 
     def logits(self, pixel_values: Tensor, **kwargs: Any) -> dict[str, Tensor]:
@@ -327,6 +327,23 @@ class Memories(Part):
             if not _ours(name) and digests.get(name) != artifacts.tensor_digest(parameter):
                 raise ArtifactError(f"{Path(folder)}: its tasks were trained on another model; {name} differs")
 
+    def _values(
+        self, folder: str | os.PathLike, tensors: dict[str, Tensor], task: str, labels: int, tokens: int
+    ) -> dict[str, Tensor]:
+        """What a saved task owns, by its names in the model."""
+        width, own = self.places.width, f"{TASKS}.{PREFIX}{task}"
+        shapes: dict[str, tuple[int, ...]] = {
+            **{f"{block}.{MEMORY}.{PREFIX}{task}": (tokens, width) for block in self.places.names},
+            f"{own}.cls": (1, 1, width),
+            f"{own}.head.weight": (labels, width),
+            f"{own}.head.bias": (labels,),
+        }
+        for name, shape in shapes.items():
+            found = tuple(tensors[name].shape) if name in tensors else "absent"
+            if found != shape:
+                raise ArtifactError(f"{Path(folder)}: {name} is {found}, expected {shape}; the file is damaged")
+        return {name: tensors[name] for name in shapes}
+
     def _check_order(self, folder: str | os.PathLike, there: list[str], wanted: list[str]) -> None:
         if self.visibility != EXTENSION:
             return
@@ -362,10 +379,6 @@ def with_logits(out: Any, logits: Tensor, loss: Tensor | None) -> Any:
         out = type(out)(**{**dict(out.items()), "loss": loss})
     out.old_logits = old.detach()
     return out
-
-
-def _of_task(key: str, task: str) -> bool:
-    return (PREFIX + task) in key.split(".")
 
 
 def _ours(name: str) -> bool:
