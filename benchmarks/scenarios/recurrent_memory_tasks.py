@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "heads": 4,
     "learning_rate": 2e-3,
     "warm_up": 50,
+    "cool_down": 0.2,
     "every": 100,
     "cpu_seconds": 290,
     "cpu_seconds_without": 60,
@@ -92,10 +93,10 @@ def trained(task: str, tokens: int, seed: int, settings: dict[str, Any]) -> dict
     reached, steps, start = [], 0, time.process_time()
     for segments, solved in zip(settings["stages"], settings["solved"]):
         begun = steps
-        while time.process_time() - start < limit:
+        while (left := 1 - (time.process_time() - start) / limit) > 0:
             steps += 1
             for group in optimizer.param_groups:
-                group["lr"] = rate * min(1.0, (steps - begun) / settings["warm_up"])
+                group["lr"] = rate * min(1.0, (steps - begun) / settings["warm_up"], left / settings["cool_down"])
             ids, labels = rows_of(task, segments, settings["rows"], settings, generator)
             model(input_ids=ids, labels=labels).loss.backward()
             torch.nn.utils.clip_grad_norm_(applied.parameters(), 1.0)
