@@ -244,7 +244,7 @@ def _read_document(folder: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("tightfit") != FORMAT:
         found = document.get("tightfit") if isinstance(document, dict) else type(document).__name__
         raise ArtifactError(f"{path}: format {found!r}, this version reads format {FORMAT}")
-    base = document.get("base")
+    base: Any = document.get("base")
     missing = [key for key in ("methods", "base", "tensors_sha256") if key not in document]
     missing += [
         f"base.{key}" for key in ("class", "tensors", "digests") if not isinstance(base, dict) or key not in base

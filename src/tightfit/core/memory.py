@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from tightfit.core import hfmodel
+from tightfit.ops.autograd import without_graph
 
 Step = Callable[[], Any]
 
@@ -169,7 +170,7 @@ def saved_bytes(step: Step) -> int:
         storage = tensor.untyped_storage()
         if storage._cdata not in own and not isinstance(tensor, nn.Parameter):
             packed[storage._cdata] = storage  # held, so that an address is not used twice
-        return tensor
+        return without_graph(tensor)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()

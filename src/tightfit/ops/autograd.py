@@ -13,6 +13,19 @@ def refuse_second_derivative(name: str) -> None:
         raise RuntimeError(f"{name} cannot be differentiated twice, and create_graph=True asks for it")
 
 
+def without_graph(tensor: Tensor) -> Tensor:
+    """A tensor as a saved-tensor hook should keep it.
+
+    A node that keeps its own output would otherwise keep itself alive, for ever where it gets no gradient.
+    """
+    return tensor if tensor.grad_fn is None else tensor.detach()
+
+
+def saved_apart() -> torch.autograd.graph.saved_tensors_hooks:
+    """A context for a short graph inside a backward: what it keeps is no affair of hooks on what the step keeps."""
+    return torch.autograd.graph.saved_tensors_hooks(without_graph, lambda tensor: tensor)
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype autocast casts products to on this device now, or None."""
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tightfit.ops.autograd import refuse_second_derivative
+from tightfit.ops.autograd import refuse_second_derivative, saved_apart
 from tightfit.ops.codec import Codec, Kept
 from tightfit.ops.source import Rebuild, attach
 
@@ -122,9 +122,7 @@ class _Rerun(Joint):
     def backward(self, kept, parameters, grad):
         """The output again, and the gradients of inputs and parameters."""
         inputs = [t.detach().requires_grad_(need) for t, need in zip(self.inputs_of(kept), self.needs)]
-        # what this short graph keeps is no affair of hooks that look at, or move, what the step keeps
-        apart = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-        with torch.enable_grad(), self.as_in_forward(grad.device.type), apart:
+        with torch.enable_grad(), self.as_in_forward(grad.device.type), saved_apart():
             out = self.call(*inputs)
         tensors = (*inputs, *parameters)
         wanted = [t for t in tensors if t.requires_grad]

@@ -28,6 +28,7 @@ from tightfit.core.simulate.tracker import (
     Trace,
     Tracker,
 )
+from tightfit.ops.autograd import without_graph
 
 Loss = Callable[[Any], torch.Tensor]
 
@@ -182,7 +183,7 @@ def _saved(tracker: Tracker) -> Iterator[None]:
         number = tracker.storage_id(tensor)
         if number is not None:
             tracker.trace.saved.add(number)
-        return tensor
+        return without_graph(tensor)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield

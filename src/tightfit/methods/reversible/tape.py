@@ -18,7 +18,7 @@ from tightfit.core.errors import StateError
 from tightfit.core.hfmodel import has_values, storage_key
 from tightfit.methods.reversible.replay import Extras, Part
 from tightfit.methods.reversible.streams import Fixed, Floating, Half, Streams
-from tightfit.ops.autograd import refuse_second_derivative
+from tightfit.ops.autograd import refuse_second_derivative, saved_apart
 from tightfit.ops.replay import Replay
 
 Numbers = Fixed | Floating
@@ -165,9 +165,8 @@ class _Step:
 
     def again(self, x: Tensor, given: Sequence[Tensor], keeping: bool) -> tuple[Tensor, Any]:
         """The part's outputs with their graph, or without what a graph keeps."""
-        # what this short graph keeps is no affair of hooks that look at, or move, what the step keeps
-        hooks = (_same, _same) if keeping else (_nothing, _nothing)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(*hooks):
+        apart = saved_apart() if keeping else torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing)
+        with torch.enable_grad(), apart:
             return self.part(x, given)
 
     def leaves(self, given: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
@@ -238,11 +237,7 @@ class _Step:
         return [grad * half.factor if self.needs[0] else None, *result]
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _nothing(tensor: Any) -> None:
+def _nothing(tensor: Any) -> Any:
     return None
 
 

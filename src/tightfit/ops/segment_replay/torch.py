@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from tightfit.ops.autograd import refuse_second_derivative
+from tightfit.ops.autograd import refuse_second_derivative, saved_apart
 from tightfit.ops.replay import Replay, own_casts
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
@@ -227,14 +227,6 @@ def _leaf(tensor: Tensor, wanted: bool) -> Tensor:
     return tensor.detach().requires_grad_(wanted and _differentiable(tensor))
 
 
-def _kept(tensor: Tensor) -> Tensor:
-    """A saved tensor, without its graph.
-
-    A node that keeps its own output would otherwise keep itself alive, for ever where it gets no gradient.
-    """
-    return tensor if tensor.grad_fn is None else tensor.detach()
-
-
 def _again(run: _Run, t: int, state, wants, given, needs, pull):
     """One step with a graph; the gradients of its state, of its input, and of the parameters."""
     nothing = [None] * len(state), [None] * len(given), [None] * len(run.parameters)
@@ -242,9 +234,7 @@ def _again(run: _Run, t: int, state, wants, given, needs, pull):
         return nothing
     state = [_leaf(tensor, want) for tensor, want in zip(state, wants)]
     given = [_leaf(tensor, need) for tensor, need in zip(given, needs)]
-    # what this short graph keeps is no affair of hooks that look at, or move, what the whole step keeps
-    apart = torch.autograd.graph.saved_tensors_hooks(_kept, lambda x: x)
-    with torch.enable_grad(), run.replays[t].again(), apart:
+    with torch.enable_grad(), run.replays[t].again(), saved_apart():
         out, after = run.step(run.states[t].filled(state), run.given[t].filled(given))
     made = [*_taken(out)[1], *_taken(after)[1]]
     del out, after
