@@ -3,7 +3,8 @@
 A fact is a key of three random tokens with a value of four; the model, stories260k, has seen none of them and stays
 frozen. After training, a fact counts as known when all four tokens of its value come out right, one after the other.
 The dense adapters are plain ReLU layers beside the same MLPs, trained by the same optimizer: one as wide as the sparse
-adapter, one with as many rows as the sparse one may have on the device at once. Needs the model folder beside the project.
+adapter, one with as many rows as the sparse one may have on the device at once. Needs the folder of models beside the
+project.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import contextlib
+import copy
 import dataclasses
 import enum
 from collections.abc import Iterator
