@@ -7,12 +7,13 @@ import copy
 import models
 import pytest
 import torch
+from checks.real import assert_planned_as_real
 from checks.state import assert_same, gradients, logits, snapshot, train
 from learnable_memory_cases import body, deit, images, joint, shaken, vit
 
 import tightfit
 from tightfit import Checkpointing, FusedOps, LearnableMemory, Lora
-from tightfit.core.memory import allocator_peak, saved_bytes
+from tightfit.core.memory import saved_bytes
 from tightfit.core.simulate import simulate
 from tightfit.methods.learnable_memory import Memories
 
@@ -477,20 +478,8 @@ def test_a_model_that_classifies_otherwise_is_refused():
 @pytest.mark.parametrize("recipe", [LearnableMemory(), LearnableMemory(mode="shared")], ids=str)
 def test_the_plan_is_the_step_to_the_byte(recipe):
     model = vit(layers=4).float()
-    applied = tightfit.apply(model, recipe)
     batch = {k: v.float() if v.is_floating_point() else v for k, v in images(8).items()}
-    optimizer = applied.optimizer(torch.optim.SGD, lr=0.0)
-
-    def step():
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    planned = simulate(model, batch, optimizer="sgd")
-    assert saved_bytes(step) == planned.saved_bytes
-    others = _others(model, batch)
-    assert allocator_peak(step) - others == pytest.approx(planned.peak_bytes, abs=256)
+    assert_planned_as_real(model, tightfit.apply(model, recipe), batch)
 
 
 @pytest.mark.slow
@@ -501,14 +490,6 @@ def test_a_deep_model_is_planned_from_short_ones(recipe):
     batch = {k: v.float() if v.is_floating_point() else v for k, v in images(4).items()}
     whole, short = (simulate(model, batch, optimizer="sgd", extrapolate=how) for how in (False, True))
     assert (whole.peak_bytes, whole.saved_bytes) == (short.peak_bytes, short.saved_bytes)
-
-
-def _others(model, batch):
-    from tightfit.core.memory import live_bytes
-
-    own = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
-    own |= {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in batch.values()}
-    return live_bytes() - sum(own.values())
 
 
 def test_kept_are_keys_and_values_and_one_row():

@@ -1,20 +1,20 @@
 """Reversible: what is kept, and how it begins and ends."""
 
 import copy
-import gc
 import warnings
 
 import models
 import pytest
 import torch
 import torch.nn.functional as F
+from checks.real import assert_planned_as_real
 from checks.state import gradients, logits
 from reversible_cases import close, deep, each_family
 
 import tightfit
 from tightfit import Checkpointing, FusedOps, Lora, Mesa, Reversible
 from tightfit.core.errors import StateError
-from tightfit.core.memory import allocator_peak, live_bytes, saved_bytes
+from tightfit.core.memory import live_bytes, saved_bytes
 from tightfit.core.simulate import simulate
 from tightfit.methods.reversible import Coupling
 from tightfit.ops.replay import Replay
@@ -125,23 +125,8 @@ PLANNED = [
     ids=str,
 )
 def test_planned_bytes_are_real_bytes(family, recipe):
-    gc.collect()
-    others = live_bytes()
     model = models.build(family)
-    applied = tightfit.apply(model, recipe)
-    batch = models.batch(model, size=4, length=16)
-    optimizer = applied.optimizer(torch.optim.SGD, lr=0.0)
-
-    def step():
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    planned = simulate(model, batch, optimizer="sgd")
-    assert saved_bytes(step) == planned.saved_bytes
-    # labels and the like: numbers of a few bytes that a step makes and the simulation does not
-    assert allocator_peak(step) - others == pytest.approx(planned.peak_bytes, abs=256)
+    assert_planned_as_real(model, tightfit.apply(model, recipe), models.batch(model, size=4, length=16))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from checks.real import gradient_over_ranks
 from checks.state import gradients, logits, train
 from reversible_cases import close, deep, later, reversed_model, straight, two_step
 from torch import nn
@@ -265,13 +266,9 @@ def _worker(rank, folder, queue):
             parameter.data.normal_(std=0.05)
     batches = [models.batch(model, seed=seed) for seed in (1, 2)]
     wrapped = nn.parallel.DistributedDataParallel(model)
-    wrapped(**batches[rank]).loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    if rank == 0:
-        each = [gradients(model, batch)[1] for batch in batches]
-        wanted = {n: (each[0][n] + each[1][n]) / 2 for n in each[0]}
-        off = max(float((found[n] - g).norm() / (g.norm() + 1e-6)) for n, g in wanted.items())
-        queue.put((set(found) == set(wanted), off))
+    found = gradient_over_ranks(rank, wrapped, model, batches, gradients)
+    if found is not None:
+        queue.put(found)
     dist.barrier()
     dist.destroy_process_group()
 
