@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "```" in p.read_text())]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 IMAGES = {"losa.md", "learnable-memory.md"}
-DECODERS = {"plan.md", "velora.md"}
+DECODERS = {"plan.md", "velora.md", "recurrent-memory.md"}
 """Pages whose model is a decoder."""
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 OUTSIDE = ("make", "pip")
@@ -93,6 +93,8 @@ def names(request, tmp_path, monkeypatch):
         "texts": [" ".join(tiny_models.WORDS)],
         "held_out_texts": ["a fine story"],
         "rows": rows_of(16),
+        "long_rows": [{"input_ids": ids, "labels": ids} for ids in torch.randint(5, 90, (4, 600)).tolist()],
+        "prompt": torch.randint(5, 90, (1, 10)),
         "collator": collated,
         "batches": [batch, batch],
         "arguments": arguments,
