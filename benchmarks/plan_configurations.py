@@ -83,6 +83,20 @@ def configurations() -> dict[str, dict]:
     add("llama", recipe="lora+fused-ops+mesa-all", dtype="bfloat16", batch=8)
     add("vit", recipe="fused-ops+mesa", batch=8)
     add("bert", recipe="mesa+checkpointing", batch=8, vocabulary=1000)
+    for family in ("bert", "llama"):
+        add(family, recipe="token-tune", batch=8, vocabulary=1000)
+        add(family, recipe="lora+reversible", batch=8, vocabulary=1000, blocks=8)
+        add(family, recipe="sparse-adapter", batch=8, vocabulary=1000)
+        add(family, recipe="recurrent-memory", batch=8, vocabulary=1000)
+        add(family, recipe="ladder-side", batch=8, blocks=8, width=128, vocabulary=1000)
+    add("llama", recipe="lora+token-tune+checkpointing", batch=8, vocabulary=1000, blocks=6)
+    add("t5", recipe="lora+reversible", batch=8, vocabulary=1000, blocks=6)
+    add("t5", recipe="sherl", batch=8, blocks=8, width=128, vocabulary=1000)
+    add("gpt2", recipe="meft1", batch=8, vocabulary=1000)
+    add("llama", recipe="lora+fused-ops+recurrent-memory", batch=8, vocabulary=1000)
+    add("bert", recipe="token-turing-machine", batch=8, vocabulary=1000)
+    for recipe in ("losa", "learnable-memory", "learnable-memory-shared", "token-turing-machine", "ladder-side"):
+        add("vit", recipe=recipe, batch=8, blocks=6)
     return rows
 
 
@@ -185,6 +199,17 @@ def build(c: dict):
             "velora": tightfit.Velora(where="*"),
             "lora": tightfit.Lora(),
             "checkpointing": tightfit.Checkpointing(),
+            "token-tune": tightfit.TokenTune(ratio=0.25),
+            "reversible": tightfit.Reversible(),
+            "meft1": tightfit.Reversible(variant="meft1"),
+            "ladder-side": tightfit.LadderSide(),
+            "sherl": tightfit.Sherl(),
+            "losa": tightfit.Losa(),
+            "sparse-adapter": tightfit.SparseAdapter(width=1024, top_k=16),
+            "recurrent-memory": tightfit.RecurrentMemory(segment=32),
+            "learnable-memory": tightfit.LearnableMemory(),
+            "learnable-memory-shared": tightfit.LearnableMemory(mode="shared"),
+            "token-turing-machine": tightfit.TokenTuringMachine(segment=16),
         }
         model = tightfit.apply(model, tightfit.chain(*(known[name] for name in c["recipe"].split("+")))).model
     return model.train()
