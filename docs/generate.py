@@ -169,6 +169,8 @@ def quality(result: dict[str, Any], group: str) -> str:
     recipes = [*groups["baselines"], *groups[group]]
     own = [row for row in result["rows"] if row["recipe"] in recipes]
     tasks = {row["task"]: row["metric"] for row in own if row["recipe"] in groups[group]}
+    if not tasks:
+        return "*Not measured yet: `python benchmarks/run.py quality`.*"
     values: dict[tuple[str, str], dict[int, float]] = {}
     for row in own:
         values.setdefault((row["recipe"], row["task"]), {})[row["seed"]] = 100 * row["value"]
@@ -184,8 +186,9 @@ def quality(result: dict[str, Any], group: str) -> str:
         mean = f"{statistics.fmean(differences):+.2f} to {base}" if differences and recipe != base else ""
         rows.append([recipe, *cells, mean])
     header = ["recipe", *(f"{task}, {metric}" for task, metric in tasks.items()), "mean difference"]
-    count = "-".join(map(str, sorted({min(seeds), max(seeds)}))) if seeds else "no"
-    return table(header, rows) + f"\n\nIn points; means over {count} seeds.\n" + footer(result)
+    count = "-".join(map(str, sorted({min(seeds), max(seeds)})))
+    told = "of one seed, which says little" if max(seeds) == 1 else f"means over {count} seeds"
+    return table(header, rows) + f"\n\nIn points; {told}.\n" + footer(result)
 
 
 def by_model(result: dict[str, Any], key: str, digits: int) -> str:
