@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tightfit.core import hfmodel
-from tightfit.core.errors import ArtifactError
+from tightfit.core import hfmodel, processes
+from tightfit.core.errors import ArtifactError, StateError
 from tightfit.core.tight import state_of
 from tightfit.methods.sparse_adapter.bank import HostBank, Shape
 from tightfit.methods.sparse_adapter.errors import NotFiniteError
@@ -121,7 +121,7 @@ class SparseRows(nn.Module):
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # as torch.compiler.disable, which would import the compiler, and Triton, with the package
     def offer(self, h: Tensor) -> None:
         """The MLP's input; it may travel to the host while the MLP runs."""
         self.run.given = h
@@ -131,7 +131,7 @@ class SparseRows(nn.Module):
         if own or (self.settings.lookahead and not in_backward()):
             self.run.arriving = self.ledger.traffic.down(self._flat(h), f"states {self.place % 2}")
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # as torch.compiler.disable, which would import the compiler, and Triton, with the package
     def forward(self, h: Tensor) -> Tensor:
         """(..., d): what the adapter adds to the MLP's output, in the dtype it is computed in."""
         flat = self._flat(h)
@@ -225,10 +225,19 @@ class SparseRows(nn.Module):
             return None, again
         if record is None:
             return _swallow, again
+        if not in_backward():
+            record.world = distributed_call()
+        if record.world is None and processes.count() > 1:
+            raise StateError(
+                f"SparseAdapter: {self.name} trains in one of {processes.count()} processes, but not inside of "
+                f"DistributedDataParallel, so nothing would sum its rows' gradients over the processes; let the "
+                f"Trainer or Accelerator.prepare wrap the model in DDP, and call what they return. The rows cannot be "
+                f"trained under FSDP or DeepSpeed"
+            )
         known_to_optimizers(self)
         if not in_backward():
             record.open = True
-            record.world, record.sample = distributed_call(), self.ledger.traffic.sample(flat)
+            record.sample = self.ledger.traffic.sample(flat)
             self.run.records = [ref for ref in self.run.records if ref() is not None]
             self.run.records.append(weakref.ref(record))
         return functools.partial(self.ledger.collect, self, record), again

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tightfit.ops import kernels
 from tightfit.ops.codec import Codec, rows_of
 from tightfit.ops.probing import probe
 
@@ -49,6 +50,10 @@ class Affine(Codec):
         if not x.is_floating_point():
             raise TypeError(f"Affine: the tensor to encode is {x.dtype}, accepted is floating point; cast it before")
         group, width = self.group_of(x.shape[-1])
+        if kernels.use(x):
+            from tightfit.ops.affine import triton
+
+            return (triton.pack(x, group, width, self.bits, self.rounding == "stochastic"),)
         missing = width - x.shape[-1]
         if missing:  # the last channel once more, which leaves its group's range as it is
             x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], dim=-1)
@@ -58,7 +63,11 @@ class Affine(Codec):
         return (_pack(groups, self.bits, torch.rand_like(groups)),)
 
     def decode(self, packed: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        _, width = self.group_of(shape[-1])
+        group, width = self.group_of(shape[-1])
+        if kernels.use(packed[0]):
+            from tightfit.ops.affine import triton
+
+            return triton.unpack(packed[0], shape, dtype, group, width, self.bits)
         x = torch.ops.tightfit.affine_unpack(packed[0], self.bits).to(dtype).view(*shape[:-1], width)
         return x if width == shape[-1] else x[..., : shape[-1]]
 
@@ -100,6 +109,10 @@ def row_bytes(group: int, bits: int) -> int:
 @torch.library.custom_op("tightfit::affine_pack", mutates_args=())
 def affine_pack(groups: Tensor, bits: int) -> Tensor:
     """(G, g) float32 -> (G, row_bytes) uint8, rounding to nearest."""
+    if kernels.use(groups):
+        from tightfit.ops.affine import triton
+
+        return triton.pack(groups, groups.shape[1], groups.shape[1], bits)
     if not groups.is_cpu:
         return _pack(groups, bits, None)
     quantized = torch.ops.quantized
@@ -125,6 +138,11 @@ def _(values):
 @torch.library.custom_op("tightfit::affine_unpack", mutates_args=())
 def affine_unpack(packed: Tensor, bits: int) -> Tensor:
     """(G, row_bytes) uint8 -> (G, g) float32."""
+    if kernels.use(packed):
+        from tightfit.ops.affine import triton
+
+        group = _group_in(packed, bits)
+        return triton.unpack(packed, (packed.shape[0], group), torch.float32, group, group, bits)
     if not packed.is_cpu:
         return _unpack(packed, bits)
     quantized = torch.ops.quantized
@@ -133,14 +151,18 @@ def affine_unpack(packed: Tensor, bits: int) -> Tensor:
 
 @affine_unpack.register_fake
 def _(packed, bits):
-    group = (packed.shape[1] - 2 * RANGE[bits].itemsize) * 8 // bits
-    return packed.new_empty(packed.shape[0], group, dtype=torch.float32)
+    return packed.new_empty(packed.shape[0], _group_in(packed, bits), dtype=torch.float32)
 
 
 @probe("affine_unpack")
 def _(values):
     packed = affine_pack(values.reshape(-1, 128).float(), 8)
     return lambda values: affine_unpack(packed, 8)
+
+
+def _group_in(packed: Tensor, bits: int) -> int:
+    """Channels of the groups that were packed."""
+    return (packed.shape[1] - 2 * RANGE[bits].itemsize) * 8 // bits
 
 
 def _pack(groups: Tensor, bits: int, noise: Tensor | None) -> Tensor:
