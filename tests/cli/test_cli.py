@@ -35,7 +35,7 @@ def refused(*arguments, code=2):
     """The one line on standard error of a command that must fail without a traceback."""
     result = run(*arguments)
     assert result.exit_code == code, result.output + result.stderr
-    lines = [line for line in result.stderr.splitlines() if not line.startswith(("USDT", "note:"))]
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("USDT", "note:", "step "))]
     assert len(lines) == 1 and lines[0].startswith("tightfit: "), result.stderr
     assert "Traceback" not in result.output
     return lines[0]

@@ -11,7 +11,7 @@ from runs import project, recipe_file
 from safetensors.torch import load_file
 
 from tightfit.core.errors import ArtifactError, RecipeError, TrainingError
-from tightfit.train import checkpoints, trainer
+from tightfit.train import callbacks, checkpoints, trainer
 from tightfit.train.folder import read_metrics
 from tightfit.train.run import train
 
@@ -164,8 +164,8 @@ def test_no_space_left_stops_the_run_and_keeps_earlier_checkpoints(folder, tmp_p
     full = OSError(28, "No space left on device")
     with monkeypatch.context() as patch:
         if at == "metrics":
-            real = trainer.append_line
-            patch.setattr(trainer, target, lambda p, v: _raise(full) if v["step"] > 5 else real(p, v))
+            real = callbacks.append_line
+            patch.setattr(callbacks, target, lambda p, v: _raise(full) if v["step"] > 5 else real(p, v))
         else:
             real = checkpoints.write_checkpoint
 

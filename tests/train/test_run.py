@@ -14,13 +14,14 @@ from transformers import AutoModelForSequenceClassification
 import tightfit
 from tightfit.core.errors import ArtifactError, RecipeError, TrainingError
 from tightfit.train.bench import training_step
+from tightfit.train.callbacks import append_line
 from tightfit.train.card import write_report
 from tightfit.train.data import longest_batch
 from tightfit.train.folder import read_metrics, read_run, rewind_metrics
 from tightfit.train.run import build_skeleton, export_run, filled, plan_run, prepare, train
 from tightfit.train.svg import line_plot, ticks
 from tightfit.train.tasks import build_model
-from tightfit.train.trainer import RunTrainer, append_line
+from tightfit.train.trainer import RunTrainer
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -24,9 +24,10 @@ class Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
+        except KeyboardInterrupt as error:
+            code = getattr(error, "exit_code", INTERRUPTED)
+            print("interrupted" if code == INTERRUPTED else "terminated", file=sys.stderr)
+            raise typer.Exit(code) from None
         except BrokenPipeError:
             raise typer.Exit(FAILED) from None
         except Exception as error:

@@ -118,14 +118,19 @@ def figure_rows(values: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, result: RunResult | None = None) -> Path:
     """Write a run's `report.html`, one file that needs nothing else; returns its path.
+
+    Args:
+        result: the run's figures, where they are not in its folder yet.
 
     Raises:
         ArtifactError: the folder holds no run.
     """
     run = Path(run)
     known, rows = folder.read_run(run), folder.read_metrics(run)
+    if result is not None:
+        known["result"] = result_values(result)
     parts = [f"<h1>{escape(run.name)}</h1>", f"<p>Recipe: <b>{escape(known['recipe'])}</b></p>"]
     if known["result"]:
         parts.append(_table(("", ""), figure_rows(known["result"])))

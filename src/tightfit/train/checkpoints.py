@@ -28,6 +28,7 @@ import torch
 
 from tightfit.core.artifacts import replacing, replacing_folder, write_text
 from tightfit.core.errors import ArtifactError, StateError
+from tightfit.train.failures import is_no_space, no_space
 
 if TYPE_CHECKING:
     from tightfit.core.apply import Applied
@@ -52,19 +53,20 @@ def write_checkpoint(
     scheduler: Any,
     scaler: Any = None,
     random_states: list[dict[str, Any]],
+    skipped: int = 0,
 ) -> Path:
     """Write `checkpoint-<step>` into `folder`, all or nothing; a damaged one of the same step is replaced.
 
     Args:
         trainer_state: a `transformers.TrainerState`.
         random_states: `random_state()` of every process, in the order of their ranks.
+        skipped: batches left out in a row before this step's end.
 
     Raises:
-        OSError: it could not be written; earlier checkpoints are as they were.
+        TrainingError: there is no space for it; names the bytes. Earlier checkpoints are as they were.
+        OSError: it could not be written for another reason.
         StateError: the optimizer or scheduler keeps something that cannot be written without a pickle.
     """
-    from safetensors.torch import save_file
-
     path = folder / f"checkpoint-{step}"
     if is_complete(path):
         return path
@@ -78,16 +80,44 @@ def write_checkpoint(
         "scheduler": scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "random": random_states,
+        "skipped": skipped,
     }
     try:
         text = json.dumps(document)
     except TypeError as error:
         raise StateError(f"checkpoint of step {step}: optimizer or scheduler cannot be saved: {error}") from error
+    held = _part_tensors(applied)
+    try:
+        _write(path, applied, tensors, held, text, trainer_state)
+    except Exception as error:
+        if not is_no_space(error):
+            raise
+        needed = own_bytes(applied) + sum(t.nbytes for t in (*tensors.values(), *held.values())) + len(text)
+        raise no_space(folder, f"the checkpoint of step {step}", needed) from error
+    return path
+
+
+def own_bytes(applied: Applied) -> int:
+    """Bytes of what `Applied.save` writes, but for headers."""
+    trained = [p for p in applied.model.parameters() if p.requires_grad]
+    parts = [tensor for part in applied.parts for tensor in part.tensors().values()]
+    return sum(tensor.nbytes for tensor in (*trained, *applied.model.buffers(), *parts))
+
+
+def _write(
+    path: Path,
+    applied: Applied,
+    tensors: dict[str, torch.Tensor],
+    held: dict[str, torch.Tensor],
+    text: str,
+    trainer_state: Any,
+) -> None:
+    from safetensors.torch import save_file
+
     with replacing_folder(path) as temporary:
         applied.save(temporary)
         with replacing(temporary / OPTIMIZER_FILE) as file:
             save_file(tensors, file)
-        held = _part_tensors(applied)
         if held:
             with replacing(temporary / PARTS_FILE) as file:
                 save_file(held, file)
@@ -95,7 +125,6 @@ def write_checkpoint(
         trainer_state.save_to_json(str(temporary / TRAINER_FILE))
         sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         write_text(temporary / COMPLETE_FILE, json.dumps({"files": sizes}))
-    return path
 
 
 def is_complete(path: Path) -> bool:
@@ -114,9 +143,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def drop_old(folder: Path, kept: int = KEPT) -> None:
-    """Remove all but the newest complete checkpoints."""
+    """Remove all but the newest complete checkpoints; one that is removed is never seen half there."""
     for path in checkpoints(folder)[:-kept]:
-        shutil.rmtree(path, ignore_errors=True)
+        going = path.with_name(f".{path.name}.old")
+        shutil.rmtree(going, ignore_errors=True)
+        path.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
 
 
 def drop_leftovers(folder: Path) -> None:

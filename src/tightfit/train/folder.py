@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tightfit._version import __version__
-from tightfit.core.artifacts import write_text
+from tightfit.core.artifacts import RECIPE_FILE, TENSOR_FILE, write_text
 from tightfit.core.errors import ArtifactError, RecipeError
 from tightfit.train.checkpoints import drop_leftovers
 from tightfit.train.recipe_file import RecipeFile, read_recipe_file, write_recipe_file
@@ -22,6 +22,7 @@ RUN = "run.json"
 CARD = "README.md"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
+WRITTEN = (RECIPE, METRICS, RUN, CARD, REPORT, RECIPE_FILE, TENSOR_FILE)
 
 
 def check_free(file: RecipeFile, resume: bool) -> None:
@@ -40,6 +41,8 @@ def check_free(file: RecipeFile, resume: bool) -> None:
         raise RecipeError(
             f"output: {folder} exists and is not empty; go on with it by --resume, or name another output"
         )
+    if _is_beginning(folder):
+        return
     if not (folder / RECIPE).is_file():
         raise RecipeError(f"output: {folder} is no run folder (no {RECIPE} in it); name another output")
     earlier = read_recipe_file(folder / RECIPE)
@@ -49,6 +52,19 @@ def check_free(file: RecipeFile, resume: bool) -> None:
                 f"{key}: is {now!r}, the run in {folder} has {was!r}; resume with the same recipe file, or name "
                 f"another output"
             )
+
+
+def _is_beginning(folder: Path) -> bool:
+    """Whether all that is in a folder is what a run writes before its recipe file, which may be cut off there."""
+    return all(path.name == RUN or path.name.startswith((f".{RUN}.", f".{RECIPE}.")) for path in folder.iterdir())
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a killed process left half written."""
+    drop_leftovers(folder / CHECKPOINTS)
+    for name in WRITTEN:
+        for left in folder.glob(f".{name}.*"):
+            left.unlink(missing_ok=True)
 
 
 def _differences(one: Any, other: Any, key: str = "") -> list[tuple[str, Any, Any]]:
@@ -82,11 +98,9 @@ def prepare(file: RecipeFile, data: TaskData, seen: str) -> None:
                 f"data: the rows are not those the run in {folder} began with (fingerprint {data.fingerprint[:12]}, "
                 f"was {was[:12]}); name another output"
             )
-        drop_leftovers(folder / CHECKPOINTS)
-        for name in (RECIPE, METRICS, RUN, CARD, REPORT):
-            for left in folder.glob(f".{name}.*"):
-                left.unlink(missing_ok=True)
+        tidy(folder)
         return
+    tidy(folder)
     write_text(folder / RUN, json.dumps(_first_entry(data, seen), indent=1))
     write_recipe_file(file, folder / RECIPE)
 

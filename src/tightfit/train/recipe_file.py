@@ -81,7 +81,9 @@ class TrainSection(_Section):
 
     `precision: bf16` and `fp16` keep fp32 weights and run the step under autocast, as
     `TrainingArguments(bf16=True)` does. `group_by_length` puts examples of about one length into a batch, so that less
-    is computed on padding; which ones still differs from epoch to epoch.
+    is computed on padding; which ones still differs from epoch to epoch. `non_finite` says what happens when a loss or
+    a gradient is not finite: `stop` ends the run before it reaches the weights, `skip` leaves the batch out, at most
+    `max_skipped` times in a row.
     """
 
     epochs: Annotated[float, Field(gt=0)] = 3.0
@@ -103,6 +105,14 @@ class TrainSection(_Section):
     eval_every: Count | None = None
     save_every: Count | None = None
     logging_steps: Count = 10
+    report_to: list[Name] = []
+    non_finite: Literal["stop", "skip"] = "stop"
+    max_skipped: Count = 3
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 class RecipeFile(_Section):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +20,8 @@ from tightfit.core.recipe import Recipe
 from tightfit.core.skeleton import skeleton
 from tightfit.train import checkpoints, folder
 from tightfit.train.data import TaskData, load_data, longest_batch
+from tightfit.train.failures import is_no_space, is_out_of_memory, no_space, out_of_memory
+from tightfit.train.stopping import StopRequest, stopping_on_signals
 from tightfit.train.tasks import build_model, build_tokenizer, model_path, primary_metric
 
 if TYPE_CHECKING:
@@ -160,8 +160,10 @@ def train(
 
     Raises:
         RecipeError, DataError, ConflictError, UnsupportedModelError: before anything is written.
-        TrainingError: the run failed (no space, a loss that is not finite, out of memory); its checkpoints stay.
-        KeyboardInterrupt: Ctrl-C; the step was finished and a checkpoint written, unless it was pressed twice.
+        TrainingError: the run failed (no space, a loss or gradient that is not finite, out of memory); its
+            checkpoints stay.
+        KeyboardInterrupt: Ctrl-C or SIGTERM (then it is a `Terminated`); the step was finished and a checkpoint
+            written, unless Ctrl-C was pressed twice.
 
     Example:
         >>> from tightfit.train.recipe_file import read_recipe_file
@@ -180,6 +182,7 @@ def train(
     finished = resume and (file.output / folder.RUN).is_file() and folder.read_run(file.output)["result"]
     if finished:
         echo(f"the run in {file.output} is finished")
+        _in_turn(lambda: folder.tidy(file.output))
         return _stored(file, finished)
     if last is None:
         recipe = filled(file.recipe, prepared, model)
@@ -191,10 +194,19 @@ def train(
         predicted = _predicted(file, prepared, recipe, model, echo)
         applied = load(model, last)
     _in_turn(lambda: folder.prepare(file, prepared.data, str(applied.recipe)))
-    with _failures(file.output):
-        result = _run(file, prepared, applied, last, predicted, echo)
+    stop = StopRequest()
+    try:
+        result = _run(file, prepared, applied, last, predicted, stop, echo)
+    except Exception as error:
+        if is_no_space(error) and not isinstance(error, TrainingError):
+            raise no_space(file.output, _unwritten(error)) from error
+        if not is_out_of_memory(error) or _is_one_of_several():
+            raise
+        del applied, model  # their memory is needed to look for another recipe
+        gc.collect()
+        raise out_of_memory(error, file, prepared, predicted, echo) from error
     if result is None:
-        raise KeyboardInterrupt
+        raise stop.error()
     return result
 
 
@@ -204,30 +216,37 @@ def _run(
     applied: Applied,
     last: Path | None,
     predicted: int | None,
+    stop: StopRequest,
     echo: Echo,
 ) -> RunResult | None:
     from tightfit.train.bench import measure_applied
+    from tightfit.train.callbacks import EvaluationStopped, ProgressBar, RunCallback
     from tightfit.train.card import write_card, write_report
-    from tightfit.train.trainer import ProgressBar, RunCallback, build_trainer, stopping_on_interrupt, trainer_state
+    from tightfit.train.trainer import build_trainer, trainer_state
 
     output, data = file.output, prepared.data
-    callback, bar = RunCallback(output / folder.METRICS, echo), ProgressBar()
+    listener, bar = RunCallback(output / folder.METRICS, echo, stop), ProgressBar()
     folder.rewind_metrics(output, trainer_state(last).global_step if last else 0)
-    trainer = build_trainer(applied, data, file.train, output, [callback, bar])
+    trainer = build_trainer(applied, data, file.train, output, listener, [bar])
     started = time.perf_counter()
     done = last is not None and trainer_state(last).global_step >= trainer_state(last).max_steps
+    scores: dict[str, float] | None = None
     try:
-        with stopping_on_interrupt(callback, echo):
+        with stopping_on_signals(stop, echo):
             if done:
                 trainer.state = trainer_state(last)  # type: ignore[arg-type]
             else:
+                trainer.args.eval_on_start = last is not None and evaluation_is_due(trainer_state(last), file.train)
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
-            if callback.interrupted and trainer.state.global_step < trainer.state.max_steps:
-                echo(f"stopped at step {trainer.state.global_step}; go on with --resume")
-                return None
-            scores = _last_scores(trainer) or trainer.evaluate()
+            if not stop:
+                scores = _last_scores(trainer) or trainer.evaluate()
+    except EvaluationStopped:
+        pass
     finally:
         bar.close()
+    if scores is None or stop:
+        echo(f"stopped at step {trainer.state.global_step}; go on with --resume")
+        return None
     seconds = time.perf_counter() - started
     steps, main = trainer.state.global_step, trainer.is_world_process_zero()
     figures = applied.report()
@@ -260,8 +279,8 @@ def _run(
     )
     if main:
         write_card(output, file, result)
-        folder.write_result(output, result)
-        write_report(output)
+        write_report(output, result)
+        folder.write_result(output, result)  # last, because a run that has it is finished
     return result
 
 
@@ -313,10 +332,23 @@ def _stored(file: RecipeFile, values: dict[str, Any]) -> RunResult:
 
 def _last_scores(trainer: Any) -> dict[str, float] | None:
     """The scores of an evaluation at the last step, when there was one."""
-    for entry in reversed(trainer.state.log_history):
-        if "eval_loss" in entry and entry.get("step") == trainer.state.global_step:
+    return _scores_at(trainer.state)
+
+
+def _scores_at(state: Any) -> dict[str, float] | None:
+    for entry in reversed(state.log_history):
+        if "eval_loss" in entry and entry.get("step") == state.global_step:
             return entry
     return None
+
+
+def evaluation_is_due(state: Any, section: TrainSection) -> bool:
+    """Whether a run was stopped at a step before, or in the middle of, the evaluation that belongs to it."""
+    if section.eval_every:
+        due = state.global_step % section.eval_every == 0
+    else:
+        due = float(state.epoch or 0.5).is_integer()
+    return due and _scores_at(state) is None
 
 
 def _is_score(key: str) -> bool:
@@ -330,7 +362,7 @@ def _shape(batch: dict[str, Any]) -> str:
 
 def _join_processes() -> None:
     """Under `accelerate launch`, meet the other processes before any of them writes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _is_one_of_several():
         from accelerate import PartialState
 
         PartialState()
@@ -349,29 +381,14 @@ def _in_turn(action: Callable[[], None]) -> None:
         distributed.barrier()
 
 
-@contextlib.contextmanager
-def _failures(output: Path) -> Iterator[None]:
-    """Name what stopped a run."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-            raise TrainingError(
-                f"out of memory: {' '.join(str(error).split())[:200]}; lower train.batch_size, or add a method to "
-                f"the recipe and look at `tightfit plan`"
-            ) from error
-        if _no_space(error):
-            raise TrainingError(
-                f"no space left in {output}; earlier checkpoints are intact, free some space and go on with --resume"
-            ) from error
-        raise
+def _is_one_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _no_space(error: BaseException | None) -> bool:
+def _unwritten(error: BaseException | None) -> str:
+    """Which file of a run there was no space for."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
-            return True
+        if isinstance(error, OSError) and error.filename:
+            return str(error.filename)
         error = error.__cause__ or error.__context__
-    return False
+    return "a file of the run"

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +13,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tightfit.core.errors import RecipeError, TrainingError
 from tightfit.train import checkpoints
+from tightfit.train.callbacks import EvaluationStopped, RunCallback
 from tightfit.train.data import longest_batch
+from tightfit.train.non_finite import Part, find_source, first_broken
 from tightfit.train.tasks import metrics_for, preprocess_logits_for
 
 if TYPE_CHECKING:
@@ -29,7 +25,6 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw-fused": "adamw_torch_fused", "sgd": "sgd", "adafactor": "adafactor"}
-NOT_LOGGED = ("total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
 def training_arguments(section: TrainSection, folder: Path) -> TrainingArguments:
@@ -84,12 +79,25 @@ class GroupedByLength(LengthGroupedSampler):
 class RunTrainer(Trainer):
     """transformers' Trainer, but a checkpoint is written by `checkpoints` and evaluation leaves no trace.
 
-    Evaluation puts the random state back, so that a run that resumes after it draws the same numbers; a loss that
-    is not finite stops the run before it reaches the weights.
+    Evaluation puts the random state back, so that a run that resumes after it draws the same numbers; a loss or a
+    gradient that is not finite never reaches the weights.
+
+    Attributes:
+        applied, section, listener: the recipe, the recipe file's `train`, and what tells the user.
+        skipped: batches left out in a row, because their loss or gradient was not finite.
     """
 
     applied: Applied
+    section: TrainSection
+    listener: RunCallback
     group_by_length = False
+    skipped = 0
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._parts: list[Part] = []
+        self._losses: list[torch.Tensor] = []
+        self._seen_by_a_method = ""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         before = checkpoints.random_state()
@@ -105,17 +113,89 @@ class RunTrainer(Trainer):
         group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return GroupedByLength(group, [len(ids) for ids in rows["input_ids"]], self.args.seed)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"step {self.state.global_step + 1}: the loss is {float(loss)}; the weights are as after step "
-                f"{self.state.global_step}; lower train.learning_rate, or use precision bf16 or fp32"
-            )
-        return loss
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except EvaluationStopped:  # a resumed run evaluates before it goes on
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        self._parts.append(Part.of(inputs, num_items_in_batch, self.args.device))
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except FloatingPointError as error:
+            if self.args.world_size > 1:  # the others wait for this backward
+                raise
+            self._seen_by_a_method = str(error)
+            loss = torch.full((), torch.nan, device=self.args.device)
+        self._losses.append(loss)
+        if self.section.non_finite == "stop":
+            return loss
+        shown = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
+        return torch.where(loss.isfinite(), loss, shown.to(loss.dtype))
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norms = torch.as_tensor(norm, device=self.args.device)
+        values = torch.stack([loss.float() for loss in self._losses])
+        fine = values.isfinite().all()
+        if self.accelerator.scaler is None:  # a gradient scaler looks after overflows itself
+            fine = fine & norms.isfinite()
+        if self.args.world_size > 1:
+            fine = fine.float()
+            torch.distributed.all_reduce(fine, torch.distributed.ReduceOp.MIN)
+        if fine:
+            self.skipped = 0
+        else:
+            self._leave_out(values, norms)
+        self._parts, self._losses, self._seen_by_a_method = [], [], ""
+        return norm
+
+    def _leave_out(self, losses: torch.Tensor, norm: torch.Tensor) -> None:
+        """Drop the step's gradients. Raises: TrainingError where the run is to stop instead."""
+        bad = [float(loss) for loss in losses if not loss.isfinite()]
+        what = f"the loss is {bad[0]}" if bad else f"the gradient norm is {float(norm)}"
+        if not bad and norm.isfinite():
+            what = "another process's loss is not finite"
+        model: Any = self.applied.model
+        source = self._seen_by_a_method or find_source(model, self._parts, self._loss_again, self.args.device)
+        step, self.skipped = self.state.global_step + 1, self.skipped + 1
+        model.zero_grad(set_to_none=True)
+        broken = first_broken(model)
+        too_many = self.skipped > self.section.max_skipped
+        if self.section.non_finite == "skip" and not broken and not too_many:
+            self.listener.skipped(self.state, step, f"{what}: {source}")
+            return
+        remedy = "lower train.learning_rate, or use precision bf16 or fp32"
+        if self.section.non_finite == "stop":
+            remedy += ", or leave such batches out by train.non_finite: skip"
+        elif broken:
+            remedy += f"; leaving batches out does not help, {broken} is not finite"
+        else:
+            remedy += f"; {self.skipped} batches in a row, train.max_skipped allows {self.section.max_skipped}"
+        raise TrainingError(
+            f"step {step}: {what}: {source}; the weights are as after step {step - 1}, {self._newest()}; {remedy}"
+        )
+
+    def _loss_again(self, part: Part) -> torch.Tensor:
+        with self.compute_loss_context_manager():
+            inputs = self._prepare_inputs(part.inputs)
+            loss: Any = self.compute_loss(self.applied.model, inputs, num_items_in_batch=part.items)
+            return loss
+
+    def _newest(self) -> str:
+        found = checkpoints.checkpoints(Path(str(self.args.output_dir)))
+        return f"the newest checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         assert self.optimizer is not None
+        broken = first_broken(self.applied.model)
+        if broken:
+            raise TrainingError(
+                f"step {self.state.global_step}: {broken} is not finite after it, and no checkpoint is written of "
+                f"that; {self._newest()}; lower train.learning_rate, or use precision bf16 or fp32"
+            )
         self.store_flos()
         states = _gathered(checkpoints.random_state())
         if self.args.should_save:
@@ -129,6 +209,7 @@ class RunTrainer(Trainer):
                 scheduler=self.lr_scheduler,
                 scaler=self.accelerator.scaler,
                 random_states=states,
+                skipped=self.skipped,
             )
             checkpoints.drop_old(folder)
         self.accelerator.wait_for_everyone()
@@ -142,7 +223,9 @@ class RunTrainer(Trainer):
             inner = getattr(self.optimizer, "optimizer", self.optimizer)
             checkpoints.load_optimizer(Path(checkpoint), inner)
             checkpoints.load_parts(Path(checkpoint), self.applied)
-            self.lr_scheduler.load_state_dict(checkpoints.read_state(Path(checkpoint))["scheduler"])
+            state = checkpoints.read_state(Path(checkpoint))
+            self.lr_scheduler.load_state_dict(state["scheduler"])
+            self.skipped = state.get("skipped", 0)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
@@ -172,7 +255,12 @@ def _gathered(state: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def build_trainer(
-    applied: Applied, data: TaskData, section: TrainSection, folder: Path, callbacks: list[TrainerCallback]
+    applied: Applied,
+    data: TaskData,
+    section: TrainSection,
+    folder: Path,
+    listener: RunCallback,
+    callbacks: list[TrainerCallback],
 ) -> RunTrainer:
     """The Trainer of a run. Raises: RecipeError for sharded training, which checkpoints do not cover."""
     trainer = RunTrainer(
@@ -183,14 +271,14 @@ def build_trainer(
         data_collator=data.collator,
         compute_metrics=metrics_for(data),
         preprocess_logits_for_metrics=preprocess_logits_for(data),
-        callbacks=[applied.callback(), *callbacks],
+        callbacks=[applied.callback(), listener, *callbacks],
     )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise RecipeError(
             "train: FSDP and DeepSpeed are not supported by this command; launch plain data-parallel processes, or "
             "use tightfit.apply in your own script"
         )
-    trainer.applied = applied
+    trainer.applied, trainer.section, trainer.listener = applied, section, listener
     trainer.group_by_length = section.group_by_length
     if trainer.model_accepts_loss_kwargs:
         trainer.model_accepts_loss_kwargs = counts_items(applied.model, data, trainer.args.device)
@@ -220,123 +308,3 @@ def counts_items(model: Any, data: TaskData, device: torch.device) -> bool:
 def trainer_state(checkpoint: Path) -> TrainerState:
     """The Trainer's state in a checkpoint."""
     return TrainerState.load_from_json(str(checkpoint / checkpoints.TRAINER_FILE))
-
-
-class RunCallback(TrainerCallback):
-    """Writes the metrics file, tells the user, and stops the run in good order when asked to."""
-
-    def __init__(self, metrics: Path, echo: Callable[[str], None]):
-        self._metrics = metrics
-        self._echo = echo
-        self.interrupted = False
-        self._save_at_epoch_end = False
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        values = {key: value for key, value in (logs or {}).items() if key not in NOT_LOGGED}
-        if values.keys() - {"epoch"}:
-            append_line(self._metrics, {"step": state.global_step, **values})
-        scores = {k: v for k, v in values.items() if k.startswith("eval_") and not k.endswith(("_second", "_runtime"))}
-        if scores:
-            shown = ", ".join(f"{k.removeprefix('eval_')} {v:.4f}" for k, v in scores.items() if isinstance(v, float))
-            self._echo(f"step {state.global_step} of {state.max_steps}, epoch {state.epoch or 0:.2f}: eval {shown}")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-        if _epoch_is_over(state):
-            # the evaluation at the end of the epoch comes first, so that a checkpoint never misses it
-            self._save_at_epoch_end |= control.should_save
-            control.should_save = False
-        elif self.interrupted:
-            control.should_evaluate = False
-        return control
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self._save_at_epoch_end:
-            control.should_save, self._save_at_epoch_end = True, False
-        if self.interrupted and not _epoch_is_over(state):
-            control.should_evaluate = control.should_save = False
-        return control
-
-
-def _epoch_is_over(state: TrainerState) -> bool:
-    return state.epoch is not None and float(state.epoch).is_integer()
-
-
-class ProgressBar(TrainerCallback):
-    """A bar on standard error over the whole run, in a terminal only."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._tasks: dict[str, Any] = {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        import sys
-
-        if not (state.is_world_process_zero and sys.stderr.isatty()):
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._bar.start()
-        self._tasks["train"] = self._bar.add_task("training", total=state.max_steps, completed=state.global_step)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self._bar is not None:
-            self._bar.update(self._tasks["train"], completed=state.global_step)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self._bar is not None and "loss" in (logs or {}):
-            self._bar.update(self._tasks["train"], description=f"training, loss {logs['loss']:.4f}")
-
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        if self._bar is None or eval_dataloader is None:
-            return
-        if "eval" not in self._tasks:
-            self._tasks["eval"] = self._bar.add_task("evaluating", total=len(eval_dataloader))
-        self._bar.advance(self._tasks["eval"])
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        if self._bar is not None and "eval" in self._tasks:
-            self._bar.remove_task(self._tasks.pop("eval"))
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-
-def append_line(path: Path, values: dict[str, Any]) -> None:
-    """Append one line of JSON in a single write and sync it."""
-    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    line = json.dumps(plain) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        os.write(descriptor, line.encode("utf-8"))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def stopping_on_interrupt(callback: RunCallback, echo: Callable[[str], None]) -> Iterator[None]:
-    """The first Ctrl-C lets the step finish and saves; the second one stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if callback.interrupted:
-            raise KeyboardInterrupt
-        callback.interrupted = True
-        echo("stopping after this step; press Ctrl-C again to stop at once")
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

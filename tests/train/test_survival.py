@@ -1,0 +1,173 @@
+"""Runs of the real command that are killed, interrupted, or run out of disk or memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from run_server import Command, Server
+from runs import project
+
+from tightfit.train import checkpoints
+from tightfit.train.folder import read_metrics
+
+SETTINGS = ("train.save_every=2", "train.logging_steps=1")
+"""Ten steps, five checkpoints."""
+SAME_BYTES = ("tightfit.safetensors", "recipe.json", "optimizer.safetensors", "state.json")
+EVENTS = (".checkpoint-", "checkpoint-", "metrics.jsonl", ".run.json.", "run.json", ".metrics.jsonl.", ".recipe.yaml.")
+EVENTS += (".tightfit.safetensors.", ".recipe.json.", "README.md", "report.html")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("logs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return project(tmp_path_factory.mktemp("survival"))
+
+
+@pytest.fixture(scope="module")
+def whole(server, made):
+    """A run that nothing disturbed, with all of its checkpoints; and the seconds it took."""
+    started = time.monotonic()
+    code, said = server.run(*command(made, made / "whole"), keep_all=True, modules=True)
+    assert code == 0, said
+    return made / "whole", time.monotonic() - started
+
+
+def command(made, output, *more):
+    return ("train", made / "recipe.yaml", f"output={output}", *SETTINGS, *more)
+
+
+def names_in(folder: Path) -> set[str]:
+    found: set[str] = set()
+    for place in (folder, folder / "checkpoints"):
+        try:
+            found |= set(os.listdir(place))
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def bytes_in(folder: Path) -> int:
+    total = 0
+    for file in folder.glob(".checkpoint-*/*"):
+        try:
+            total += file.stat().st_size
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def kill_somewhere(running: Command, folder: Path, draw: random.Random, seconds: float, full: int) -> bool:
+    """Kill a run at a random time, a little after something appears in its folder, or in the middle of a checkpoint.
+
+    Returns whether it was killed, and not done before.
+    """
+    kind = draw.choice(["time", "event", "bytes", "bytes"])
+    event, delay = draw.choice(EVENTS), draw.uniform(0, 0.02)
+    until, part = draw.uniform(0, seconds), draw.uniform(0, 1) * full
+    there = names_in(folder)
+    while running.running():
+        if kind == "time":
+            due = time.monotonic() - running.started > until
+        elif kind == "event":
+            due = any(name.startswith(event) for name in names_in(folder) - there)
+        else:
+            due = bytes_in(folder / "checkpoints") > part
+        if due:
+            if kind == "event":
+                time.sleep(delay)
+            running.kill()
+            return True
+        time.sleep(0.0002)
+    return False
+
+
+def steps_seen(folder: Path) -> list[int]:
+    return sorted(int(m[1]) for name in names_in(folder) if (m := re.fullmatch(r"checkpoint-(\d+)", name)))
+
+
+def same_checkpoints(whole: Path, cut: Path) -> list[int]:
+    """The steps of a run's complete checkpoints, each seen to hold the bytes of the undisturbed run's."""
+    steps = []
+    for path in checkpoints.checkpoints(cut / "checkpoints"):
+        for name in SAME_BYTES:
+            assert (path / name).read_bytes() == (whole / "checkpoints" / path.name / name).read_bytes(), path / name
+        json.loads((path / "trainer_state.json").read_text())
+        steps.append(int(path.name.rpartition("-")[2]))
+    return steps
+
+
+def same_run(whole: Path, cut: Path) -> None:
+    assert (cut / "tightfit.safetensors").read_bytes() == (whole / "tightfit.safetensors").read_bytes()
+    kept = {"checkpoint-8", "checkpoint-10"}
+    assert names_in(cut) == {n for n in names_in(whole) if not n.startswith("checkpoint-") or n in kept}
+    results = [json.loads((folder / "run.json").read_text())["result"] for folder in (whole, cut)]
+    assert results[0]["metrics"] == results[1]["metrics"] and results[0]["steps"] == results[1]["steps"]
+    losses = [{(r["step"], k): r[k] for r in read_metrics(f) for k in r if k.endswith("loss")} for f in (whole, cut)]
+    assert losses[0] == losses[1]
+
+
+def killed_until_done(server, made, whole, cut, draw, kills, more=()) -> tuple[int, int]:
+    """A run killed up to `kills` times, then left to end; returns the kills, and those while one was written."""
+    folder, seconds = whole
+    full = sum(f.stat().st_size for f in (folder / "checkpoints" / "checkpoint-2").iterdir())
+    killed = inside = newest = 0
+    while killed < kills:
+        running = server.start(*command(made, cut, *more, *(["--resume"] if cut.exists() else [])))
+        hit = kill_somewhere(running, cut, draw, seconds, full)
+        code, said = running.wait()
+        if not hit:
+            assert code == 0, said
+            break
+        assert code == -signal.SIGKILL, said
+        resumed = re.search(r"resuming from .*checkpoint-(\d+)", said)
+        assert int(resumed[1]) == newest if resumed else newest == 0 or "resuming" not in said, said
+        killed += 1
+        inside += any(name.startswith(".checkpoint-") for name in names_in(cut))
+        found = same_checkpoints(folder, cut)
+        lost = [step for step in steps_seen(cut) if step not in found]
+        assert not lost, f"torn checkpoints are seen: {lost}"
+        assert max(found, default=0) >= newest, "a complete checkpoint was lost"
+        newest = max(found, default=0)
+    code, said = server.run(*command(made, cut, *more, "--resume"))
+    assert code == 0, said
+    same_run(folder, cut)
+    return killed, inside
+
+
+def test_a_run_killed_again_and_again_ends_on_the_same_bits(server, made, whole, tmp_path):
+    killed, _ = killed_until_done(server, made, whole, tmp_path / "cut", random.Random(3), kills=3)
+    assert killed >= 1
+
+
+RECIPES = {"stock": [], "SparseAdapter": ["methods=[{SparseAdapter: {width: 64, top_k: 4}}]"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_many_kills(server, made, tmp_path, recipe):
+    more = ["train.gradient_accumulation=2", "train.epochs=4"] * bool(RECIPES[recipe]) + RECIPES[recipe]
+    started = time.monotonic()
+    arguments = command(made, tmp_path / "whole", *more)
+    code, said = server.run(*arguments, keep_all=True, modules=True)
+    assert code == 0, said
+    whole = tmp_path / "whole", time.monotonic() - started
+    draw, killed, inside, runs = random.Random(7), 0, 0, 0
+    while killed < 20:
+        runs += 1
+        cut = tmp_path / f"cut-{runs}"
+        found = killed_until_done(server, made, whole, cut, draw, kills=5, more=more)
+        killed, inside = killed + found[0], inside + found[1]
+    print(f"{recipe}: {killed} kills in {runs} runs, {inside} of them while a checkpoint was written")
+    assert inside >= 3
