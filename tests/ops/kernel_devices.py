@@ -9,6 +9,8 @@ import os
 import pytest
 import torch
 
+from tightfit.ops import kernels
+
 pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -25,7 +27,21 @@ def kernels_on(monkeypatch):
         monkeypatch.setenv("TIGHTFIT_TRITON", ("interpret" if INTERPRETED else "1") if on else "0")
 
     switch()
+    kernels.use(torch.ones(1, device="cpu" if INTERPRETED else "cuda"))  # which tries one, the first time
     return switch
+
+
+@pytest.fixture
+def counted(kernels_on, monkeypatch):
+    """The names of the kernels that were launched."""
+    seen, launch = [], kernels.launch
+
+    def count(kernel, *arguments, **constants):
+        seen.append(kernel.__name__)
+        return launch(kernel, *arguments, **constants)
+
+    monkeypatch.setattr(kernels, "launch", count)
+    return seen
 
 
 def values(*shape, dtype=torch.float32, device="cpu", seed=1):

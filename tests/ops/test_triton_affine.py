@@ -1,10 +1,11 @@
+# ruff: noqa: F401, F811 (fixtures are imported)
 """Affine codes by Triton kernels: the bytes of the plain packing, and what comes back."""
 
 import math
 
 import pytest
 import torch
-from kernel_devices import assert_same, each_device, kernels_on, values  # noqa: F401
+from kernel_devices import assert_same, each_device, kernels_on, values
 
 from tightfit.ops import kernels
 from tightfit.ops.affine import Affine

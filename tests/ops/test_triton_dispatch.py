@@ -1,10 +1,11 @@
+# ruff: noqa: F401, F811 (fixtures are imported)
 """When a Triton kernel takes over: which tensors, under which modes."""
 
 import sys
 
 import pytest
 import torch
-from kernel_devices import each_device, kernels_on, values  # noqa: F401
+from kernel_devices import each_device, kernels_on, values
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -13,7 +14,7 @@ from tightfit.ops.affine import Affine
 
 
 @each_device
-def test_what_a_kernel_takes(device, kernels_on):  # noqa: F811
+def test_what_a_kernel_takes(device, kernels_on):
     x = values(2, 4, device=device)
     assert kernels.use(x) and kernels.use(None, x, torch.nn.Parameter(x)) and kernels.use(x.requires_grad_())
     assert kernels.use(x, dtypes=kernels.HALVES) and not kernels.use(x.double(), dtypes=kernels.HALVES)
@@ -25,7 +26,7 @@ def test_what_a_kernel_takes(device, kernels_on):  # noqa: F811
 
 
 @each_device
-def test_nothing_that_watches_operators_is_passed_by(device, kernels_on):  # noqa: F811
+def test_nothing_that_watches_operators_is_passed_by(device, kernels_on):
     x = values(2, 4, device=device)
     seen = []
     with FakeTensorMode() as mode:
@@ -45,7 +46,7 @@ def test_nothing_that_watches_operators_is_passed_by(device, kernels_on):  # noq
 
 
 @each_device
-def test_a_compiled_graph_does_what_plain_torch_does(device, kernels_on):  # noqa: F811
+def test_a_compiled_graph_does_what_plain_torch_does(device, kernels_on):
     seen = []
 
     @torch.compile(backend="aot_eager", fullgraph=True)

@@ -6,17 +6,21 @@ scale of each row, and the linear layers behind apply weight and bias again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tightfit.ops import kernels
 from tightfit.ops.autograd import autocast_dtype, refuse_second_derivative
 from tightfit.ops.codec import Codec
 from tightfit.ops.source import attach
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+WIDEST = 16384
+"""Elements of a row that one program of a kernel can hold."""
 
 
 def layer_norm(
@@ -71,6 +75,22 @@ class _LayerNorm(torch.autograd.Function):
         refuse_second_derivative("layer_norm")
         x, mean, rstd, weight, bias = ctx.saved_tensors
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
+        if _in_kernel(ctx.shape, x, grad, mean, rstd, weight, bias):
+            from tightfit.ops.norm import triton
+
+            grads = triton.backward(
+                x,
+                grad,
+                weight,
+                needs,
+                like_bias=bias,
+                shape=ctx.shape,
+                dtype=x.dtype,
+                mean=mean,
+                scale=rstd,
+                centred=True,
+            )
+            return grads[0], None, grads[1], grads[2], None
         wide = x.to(grad.dtype)
         grad_x, grad_w, grad_b = torch.ops.aten.native_layer_norm_backward(
             grad.contiguous(), wide, ctx.shape, mean, rstd, weight, bias, needs
@@ -96,6 +116,22 @@ class _CodedLayerNorm(torch.autograd.Function):
         rstd, weight, bias, *packed = ctx.saved_tensors
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
         unit = ctx.codec.decode(packed, grad.shape, grad.dtype)
+        if _in_kernel(ctx.shape, unit, grad, rstd, weight, bias):
+            from tightfit.ops.norm import triton
+
+            grads = triton.backward(
+                unit,
+                grad,
+                weight,
+                needs,
+                like_bias=bias,
+                shape=ctx.shape,
+                dtype=ctx.input_dtype,
+                scale=rstd,
+                centred=True,
+                normalised=True,
+            )
+            return grads[0], None, grads[1], grads[2], None, None
         # as the norm of rows of mean 0 and scale 1; the scale of the true rows comes last
         mean, one = torch.zeros_like(rstd), torch.ones_like(rstd)
         grad_x, grad_w, grad_b = torch.ops.aten.native_layer_norm_backward(
@@ -151,6 +187,10 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in LOW_PRECISION else x.dtype
 
 
+def _in_kernel(shape: tuple[int, ...], *tensors: Tensor | None) -> bool:
+    return math.prod(shape) <= WIDEST and kernels.use(*tensors, dtypes=kernels.HALVES)
+
+
 def _factor(weight: Tensor, offset: float, kind: torch.dtype) -> Tensor:
     return weight.to(kind) + offset if offset else weight.to(kind)
 
@@ -173,6 +213,14 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         refuse_second_derivative("rms_norm")
         x, weight = ctx.saved_tensors
+        if _in_kernel(weight.shape, x, grad, weight):
+            from tightfit.ops.norm import triton
+
+            needs, offset = ctx.needs_input_grad[:2], ctx.offset
+            grads = triton.backward(
+                x, grad, weight, (*needs, False), shape=weight.shape, dtype=x.dtype, eps=ctx.eps, offset=offset
+            )
+            return grads[0], grads[1], None, None, None
         unit, scale = _unit(x, ctx.eps)
         return *_rms_backward(ctx, grad, unit, scale, weight, x.dtype), None, None, None
 
@@ -193,6 +241,21 @@ class _CodedRMSNorm(torch.autograd.Function):
         refuse_second_derivative("rms_norm")
         scale, weight, *packed = ctx.saved_tensors
         unit = ctx.codec.decode(packed, grad.shape, scale.dtype)
+        if _in_kernel(weight.shape, unit, grad, scale, weight):
+            from tightfit.ops.norm import triton
+
+            grads = triton.backward(
+                unit,
+                grad,
+                weight,
+                (*ctx.needs_input_grad[:2], False),
+                shape=weight.shape,
+                dtype=ctx.input_dtype,
+                scale=scale,
+                offset=ctx.offset,
+                normalised=True,
+            )
+            return grads[0], grads[1], None, None, None, None
         return *_rms_backward(ctx, grad, unit, scale, weight, ctx.input_dtype), None, None, None, None
 
 
