@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tightfit.ops.autograd import autocast_dtype
@@ -71,6 +72,17 @@ def attach(tensor: Tensor, kept: Sequence[Tensor], rebuild: Rebuild | Callable[.
     source = Source(tuple(t.detach() for t in kept), rebuild)
     setattr(tensor, _ATTRIBUTE, (source, tensor._version))
     return tensor
+
+
+def lasting(parameter: Tensor | None) -> Tensor | None:
+    """The parameter as a source may hold it: a copy where a process group is up, for small parameters only.
+
+    FSDP frees a block's parameters behind its forward and has them back in its own backward only; a block's last norm
+    is rebuilt earlier, in the backward of the block behind it.
+    """
+    if parameter is None or not (dist.is_available() and dist.is_initialized()):
+        return parameter
+    return parameter.detach().clone()
 
 
 def source_of(tensor: Tensor) -> Source | None:

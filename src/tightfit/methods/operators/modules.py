@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from tightfit.ops.dropout import dropout
 from tightfit.ops.linear import add_scaled, linear
 from tightfit.ops.norm import layer_norm, rms_norm
 from tightfit.ops.rows import attention_masks, sample_index
-from tightfit.ops.source import cast, detach_source
+from tightfit.ops.source import cast, detach_source, lasting
 
 Found = list[tuple[nn.Module, dict[str, Any]]]
 Chosen = Callable[[str], bool]
@@ -96,7 +97,19 @@ class FusedRMSNorm:
     def forward(self, x):
         state = state_of(self, FusedRMSNorm)  # type: ignore[arg-type]
         weight, stock = self.weight, super().forward  # type: ignore[attr-defined, misc]
-        return rms_norm(x, weight, state["eps"], stock, offset=state["offset"], codec=codec_of(self))
+        held = lasting(weight) if torch.is_grad_enabled() else weight
+        rebuild = stock if held is weight else functools.partial(_with_weight, self, held, stock)
+        return rms_norm(x, weight, state["eps"], stock, offset=state["offset"], codec=codec_of(self), rebuild=rebuild)
+
+
+def _with_weight(module: Any, weight: torch.Tensor, stock: Callable[..., Any], x: torch.Tensor) -> Any:
+    """The module's forward with another weight, which it may not have itself now."""
+    own = module._parameters["weight"]
+    module._parameters["weight"] = weight
+    try:
+        return stock(x)
+    finally:
+        module._parameters["weight"] = own
 
 
 class FusedActivation:

@@ -59,6 +59,9 @@ class Tape:
 
     def leave(self) -> Tensor:
         """What the block returns."""
+        if len(self.halves) > 1 and any(edge.requires_grad for edge in self.edges):
+            # who waits for the gradient of what a block returns (FSDP) is called before the half of the other stream
+            self.edges = list(_Together.apply(*self.edges))
         self._seen = _look(self.edges[1])
         return self.edges[1]
 
@@ -239,6 +242,19 @@ class _Step:
 
 def _nothing(tensor: Any) -> Any:
     return None
+
+
+class _Together(torch.autograd.Function):
+    """Both streams as they are, through one node: neither gradient goes on before the other is there."""
+
+    @staticmethod
+    def forward(ctx, *streams):
+        ctx.set_materialize_grads(False)
+        return tuple(stream.view_as(stream) for stream in streams)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads
 
 
 class _Reverse(torch.autograd.Function):

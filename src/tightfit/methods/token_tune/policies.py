@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from tightfit.core import hfmodel
+from tightfit.core import hfmodel, processes
 
 POLICIES = ("random", "labelled", "suffix", "block", "score", "bernoulli")
 BLOCK = 16
@@ -59,13 +59,15 @@ class Counter:
     def uniform(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """(rows, columns) in [0, 1), the numbers of this step; the next call gives others.
 
+        Of several processes each gets those of its own rows, as if one process had all rows, one rank's after another's.
+
         >>> same = [Counter(3).uniform(2, 2, torch.device("cpu")) for _ in range(2)]
         >>> torch.equal(*same)
         True
         """
         start = _mix_int(_mix_int(self.seed) + self.step)
         self.step += 1
-        x = torch.arange(rows * columns, device=device) + (start >> 1)
+        x = torch.arange(rows * columns, device=device) + ((start >> 1) + processes.rank() * rows * columns)
         for shift, factor in ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB))):
             x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
         x = x ^ ((x >> 31) & ((1 << 33) - 1))

@@ -44,7 +44,8 @@ class Subtoken(Codec):
         ValueError: groups outside [1, width], scale not above 0, unknown init; an input of another width (encode).
 
     State: `direction` and `settled` of the modes that keep their direction, `seed` and `draws` of "random_unbiased"
-    (see `state`). Under torch.distributed a direction that is kept comes from rank 0.
+    (see `state`). Under torch.distributed a mean that is kept is that over all processes' rows, and a
+    random direction comes from rank 0.
 
     Example:
         >>> codec, x = Subtoken(4, groups=2), torch.tensor([[3.0, 4.0, 6.0, 8.0]])
@@ -143,8 +144,9 @@ class Subtoken(Codec):
             self.direction = self.direction.to(rows.device)
         if not self.settled:
             if self.init == "batch_average_once":
-                self.direction.copy_(self._average(x, rows))
-            _from_first_rank(self.direction)
+                self.direction.copy_(self._average(x, rows, over_processes=True))
+            else:
+                _from_first_rank(self.direction)
             self.settled = True
         return self.direction
 
@@ -155,7 +157,7 @@ class Subtoken(Codec):
         generator = torch.Generator().manual_seed(_mixed(self.seed, self.draws))
         return _unit(torch.randn(self.size, generator=generator))
 
-    def _average(self, x: Tensor, rows: Tensor) -> Tensor:
+    def _average(self, x: Tensor, rows: Tensor, over_processes: bool = False) -> Tensor:
         factor = row_factor(x.shape)
         valid = None if factor is None else (factor == 1).float()
         if valid is None and rows.dtype in (torch.float32, torch.float64):
@@ -165,6 +167,8 @@ class Subtoken(Codec):
             for start in range(0, rows.shape[0], _CHUNK):
                 part = rows[start : start + _CHUNK].float()
                 total += part.sum(0) if valid is None else valid[start : start + _CHUNK] @ part
+        if over_processes and _several(total):
+            dist.all_reduce(total)  # only its direction counts, so the number of rows need not be summed
         mean = F.pad(total, (0, self.count * self.size - self.width)).view(self.count, self.size).sum(0)
         return _unit(mean / (rows.shape[0] * self.groups)).float()
 
@@ -187,9 +191,14 @@ def _unit(vector: Tensor) -> Tensor:
     return torch.where(norm.isfinite() & (norm >= _TINY), vector / norm, even)
 
 
+def _several(vector: Tensor) -> bool:
+    """Whether there are processes to agree with; a plan talks to nobody."""
+    return dist.is_available() and dist.is_initialized() and not isinstance(vector, FakeTensor)
+
+
 def _from_first_rank(vector: Tensor) -> None:
-    """Every process gets the vector of rank 0; a plan talks to nobody."""
-    if dist.is_available() and dist.is_initialized() and not isinstance(vector, FakeTensor):
+    """Every process gets the vector of rank 0."""
+    if _several(vector):
         dist.broadcast(vector, src=0)
 
 

@@ -1,0 +1,21 @@
+"""Which of several processes this is, as torch.distributed tells it."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import nn
+
+
+def count() -> int:
+    """Processes of the run; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on this very module."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
