@@ -16,7 +16,7 @@ from torch import Tensor
 from tightfit.ops import kernels
 from tightfit.ops.autograd import autocast_dtype, refuse_second_derivative
 from tightfit.ops.codec import Codec
-from tightfit.ops.source import attach
+from tightfit.ops.source import attach, lasting
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 WIDEST = 16384
@@ -46,16 +46,17 @@ def layer_norm(
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.layer_norm(x, shape, weight, bias, eps)
+    held_weight, held_bias = lasting(weight), lasting(bias)
     if codec is None or len(shape) > 1 or not x.numel():
         out = _LayerNorm.apply(x, shape, weight, bias, eps)
-        return attach(out, (x,), lambda kept: F.layer_norm(kept, shape, weight, bias, eps))
+        return attach(out, (x,), lambda kept: F.layer_norm(kept, shape, held_weight, held_bias, eps))
     out, *packed = _CodedLayerNorm.apply(x, shape, weight, bias, eps, codec)
 
     def again(*kept: Tensor) -> Tensor:
         unit = codec.decode(kept, out_shape, out_dtype)
-        if weight is not None:
-            unit = unit * weight
-        return unit if bias is None else unit.add_(bias) if weight is not None else unit + bias
+        if held_weight is not None:
+            unit = unit * held_weight
+        return unit if held_bias is None else unit.add_(held_bias) if held_weight is not None else unit + held_bias
 
     out_shape, out_dtype = out.shape, out.dtype
     return attach(out, packed, again)
@@ -149,6 +150,7 @@ def rms_norm(
     *,
     offset: float = 0.0,
     codec: Codec | None = None,
+    rebuild: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """A model's own root-mean-square norm, of which only the input is kept.
 
@@ -159,6 +161,7 @@ def rms_norm(
             returned bit for bit.
         offset: 1 where the model stores the weight around zero (Gemma).
         codec: keeps the normalised rows in its code instead of x.
+        rebuild: makes the output again from x, where `stock` cannot any more when backward needs it.
 
     The backward is the derivative of that formula in float32 (float64 for float64), as reference.py has it.
 
@@ -173,12 +176,12 @@ def rms_norm(
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return stock(x)
     if codec is None or not x.numel():
-        return attach(_RMSNorm.apply(x, weight, eps, stock, offset), (x,), stock)
+        return attach(_RMSNorm.apply(x, weight, eps, stock, offset), (x,), rebuild or stock)
     out, *packed = _CodedRMSNorm.apply(x, weight, eps, stock, offset, codec)
-    shape, dtype, kind = out.shape, out.dtype, _compute_dtype(x)
+    shape, dtype, kind, held = out.shape, out.dtype, _compute_dtype(x), lasting(weight)
 
     def again(*kept: Tensor) -> Tensor:
-        return codec.decode(kept, shape, kind).mul_(_factor(weight, offset, kind)).to(dtype)
+        return codec.decode(kept, shape, kind).mul_(_factor(held, offset, kind)).to(dtype)
 
     return attach(out, packed, again)
 
