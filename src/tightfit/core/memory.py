@@ -111,6 +111,11 @@ def _peak(step: Step) -> tuple[int, int]:
 def _cpu_rise(step: Step) -> int:
     with allocation_profile() as profiler:
         step()
+    return peak_of(profiler)
+
+
+def peak_of(profiler: Any) -> int:
+    """How far the CPU allocator's level rose above where it was, in a profile that has ended."""
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     level = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -119,8 +124,14 @@ def _cpu_rise(step: Step) -> int:
     return peak
 
 
+running_profiles: list[Any] = []
+"""Profiles that a context manager cannot end, because they span events of a trainer."""
+
+
 def allocation_profile():
     """A torch profiler that records the CPU allocator's events and writes nothing to stderr."""
+    while running_profiles:  # its step has raised; torch allows one profile at a time
+        running_profiles.pop().__exit__(None, None, None)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read by its C++ side when the first profile starts
     from torch.profiler import ProfilerActivity, profile
 

@@ -15,7 +15,8 @@ from transformers.trainer_callback import TrainerState
 from tightfit.core.plan import mib
 from tightfit.train.stopping import StopRequest
 
-NOT_LOGGED = ("total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+NOT_LOGGED = ("total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+"""Figures of this process alone, which a run that was resumed has several of."""
 
 
 class EvaluationStopped(Exception):

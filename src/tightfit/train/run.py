@@ -174,6 +174,10 @@ def train(
     folder.check_free(file, resume)
     if file.train.precision == "fp16" and not torch.accelerator.is_available():
         raise RecipeError("train.precision: fp16 needs a GPU; on the CPU accepted are fp32 and bf16")
+    if file.train.report_to:
+        from tightfit.train.trainer import check_trackers
+
+        check_trackers(file.train)
     prepared = prepared or prepare(file)
     for note in prepared.data.notes:
         echo(f"note: {note}")
@@ -227,7 +231,7 @@ def _run(
     output, data = file.output, prepared.data
     listener, bar = RunCallback(output / folder.METRICS, echo, stop), ProgressBar()
     folder.rewind_metrics(output, trainer_state(last).global_step if last else 0)
-    trainer = build_trainer(applied, data, file.train, output, listener, [bar])
+    trainer = build_trainer(applied, data, file.train, output, listener, [bar], predicted)
     started = time.perf_counter()
     done = last is not None and trainer_state(last).global_step >= trainer_state(last).max_steps
     scores: dict[str, float] | None = None

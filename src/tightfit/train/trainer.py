@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from tightfit.train.recipe_file import TrainSection
 
 CHECKPOINTS = "checkpoints"
+LOGS = "logs"
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw-fused": "adamw_torch_fused", "sgd": "sgd", "adafactor": "adafactor"}
 
 
 def training_arguments(section: TrainSection, folder: Path) -> TrainingArguments:
-    """A recipe file's `train` section as `TrainingArguments`; nothing is reported anywhere."""
+    """A recipe file's `train` section as `TrainingArguments`; trackers are callbacks of their own."""
     every = {"eval": section.eval_every, "save": section.save_every}
     return TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
@@ -261,8 +262,17 @@ def build_trainer(
     folder: Path,
     listener: RunCallback,
     callbacks: list[TrainerCallback],
+    predicted: int | None = None,
 ) -> RunTrainer:
-    """The Trainer of a run. Raises: RecipeError for sharded training, which checkpoints do not cover."""
+    """The Trainer of a run.
+
+    Args:
+        listener, callbacks: what hears its events.
+        predicted: bytes that the plan said, for the reports.
+
+    Raises:
+        RecipeError: for sharded training, which checkpoints do not cover.
+    """
     trainer = RunTrainer(
         model=applied.model,
         args=training_arguments(section, folder),
@@ -271,7 +281,7 @@ def build_trainer(
         data_collator=data.collator,
         compute_metrics=metrics_for(data),
         preprocess_logits_for_metrics=preprocess_logits_for(data),
-        callbacks=[applied.callback(), listener, *callbacks],
+        callbacks=[applied.callback(predicted), listener, *callbacks, *trackers(section, folder)],
     )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise RecipeError(
@@ -285,6 +295,30 @@ def build_trainer(
     for chatty in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(chatty)
     return trainer
+
+
+def trackers(section: TrainSection, folder: Path) -> list[TrainerCallback]:
+    """The callbacks that `train.report_to` names; after the recipe's own, so that they get its figures too."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    found = [cls() for cls in get_reporting_integration_callbacks(section.report_to)]
+    for callback in found:
+        if getattr(callback, "logging_dir", "") is None:
+            callback.logging_dir = str(folder / LOGS)
+    return found
+
+
+def check_trackers(section: TrainSection) -> None:
+    """Raise RecipeError for a tracker that transformers does not know or that is not installed."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    here = get_available_reporting_integrations()
+    for name in section.report_to:
+        if name not in here:
+            raise RecipeError(
+                f"train.report_to: {name} is not installed, or transformers knows no such tracker; here are "
+                f"{', '.join(here) or 'none'}, and metrics.jsonl is always written"
+            )
 
 
 def counts_items(model: Any, data: TaskData, device: torch.device) -> bool:
