@@ -7,6 +7,25 @@ from typing import Any
 
 import record
 
+SST2: dict[str, Any] = {
+    "train": "sst2/train.tsv.gz",
+    "eval": "sst2/dev.tsv",
+    "text": ["sentence"],
+    "label": "label",
+}
+
+
+def sts_benchmark(language: str) -> dict[str, Any]:
+    """The data section of STS-B in a language: a regression on pairs of sentences."""
+    return {
+        "train": f"stsb_multi/stsb-{language}-train.csv.gz",
+        "eval": f"stsb_multi/stsb-{language}-dev.csv.gz",
+        "columns": ["first", "second", "score"],
+        "text": ["first", "second"],
+        "label": "score",
+        "regression": True,
+    }
+
 
 def recipe_file(
     data: dict[str, Any],

@@ -12,33 +12,15 @@ from typing import Any
 
 import record
 import torch
-from tasks import recipe_file
+from tasks import SST2, recipe_file, sts_benchmark
 
 NAME = "partial_embedding"
 QUICK = False
 SEEDS = (0, 1, 2)
-SST2 = {
-    "task": "sequence-classification",
-    "data": {
-        "train": "sst2/train.tsv.gz",
-        "eval": "sst2/dev.tsv",
-        "text": ["sentence"],
-        "label": "label",
-        "rows": 6000,
-    },
+TASKS = {
+    "SST-2": {"task": "sequence-classification", "data": {**SST2, "rows": 6000}},
+    "STS-B de": {"task": "sequence-classification", "data": sts_benchmark("de")},
 }
-STSB = {
-    "task": "sequence-classification",
-    "data": {
-        "train": "stsb_multi/stsb-de-train.csv.gz",
-        "eval": "stsb_multi/stsb-de-dev.csv.gz",
-        "columns": ["first", "second", "score"],
-        "text": ["first", "second"],
-        "label": "score",
-        "regression": True,
-    },
-}
-TASKS = {"SST-2": SST2, "STS-B de": STSB}
 TRAIN = {"epochs": 1, "batch_size": 32, "learning_rate": 5.0e-5, "max_length": 128, "weight_decay": 0.0}
 METHODS: dict[str, list[Any]] = {"stock": [], "PartialEmbedding": ["PartialEmbedding"]}
 

@@ -15,32 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import sharing
-from tasks import recipe_file
+from tasks import SST2, recipe_file, sts_benchmark
 
 NAME = "quality"
 QUICK = False
 SEEDS = (0, 1, 2)
 TASKS: dict[str, dict[str, Any]] = {
     "SST-2": {
-        "data": {
-            "train": "sst2/train.tsv.gz",
-            "eval": "sst2/dev.tsv",
-            "text": ["sentence"],
-            "label": "label",
-            "rows": 5000,
-        },
+        "data": {**SST2, "rows": 5000},
         "metric": "accuracy",
         "epochs": 1,
     },
     "STS-B": {
-        "data": {
-            "train": "stsb_multi/stsb-en-train.csv.gz",
-            "eval": "stsb_multi/stsb-en-dev.csv.gz",
-            "columns": ["first", "second", "score"],
-            "text": ["first", "second"],
-            "label": "score",
-            "regression": True,
-        },
+        "data": sts_benchmark("en"),
         "metric": "pearson",
         "epochs": 1,
     },

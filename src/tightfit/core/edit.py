@@ -144,3 +144,10 @@ class Handle:
     def residue(self) -> dict[str, torch.Tensor]:
         """Parts of stock tensors that training cannot change but the result depends on (for the base check)."""
         return {}
+
+
+class Unchanged(Handle):
+    """The handle of an edit that changes nothing."""
+
+    def undo(self, model: nn.Module) -> None:
+        """There is nothing to undo."""

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from tightfit.core import hfmodel
-from tightfit.core.edit import Claim, Edit, Handle, Part, is_planning, planning
+from tightfit.core.edit import Claim, Edit, Handle, Part, Unchanged, is_planning, planning
 from tightfit.core.errors import StateError, UnsupportedModelError
 from tightfit.core.fields import check_choice
 from tightfit.core.parameter import Codec, ParameterEdit, ParameterHandle
@@ -216,6 +216,42 @@ class _ChildHandle(Handle):
             f"{verb}(): what {self.edit.trained} has no place in a stock {type(model).__name__}; save() it, and load() "
             f"it on the same base"
         )
+
+
+# -- claim edit -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ClaimEdit(Edit):
+    """Change nothing: say which places are needed as they are, or check a model that has values.
+
+    Attributes:
+        named: what stands for it in a plan.
+        places: what it claims; none: only itself.
+        check: called with the real model, not with one that is planned; raises where the method must be refused.
+    """
+
+    named: str
+    places: frozenset[Claim] = frozenset()
+    check: Callable[[nn.Module], None] | None = None
+
+    @property
+    def target(self) -> str:
+        return f"({self.named})"
+
+    def claims(self) -> frozenset[Claim]:
+        return self.places or super().claims()
+
+    def run(self, model: nn.Module) -> Handle:
+        if self.check is not None and not is_planning() and all(hfmodel.has_values(p) for p in model.parameters()):
+            self.check(model)
+        return Unchanged()
+
+
+def inner_claims(model: nn.Module, blocks: Iterable[str] = ()) -> frozenset[Claim]:
+    """What matters to those who run the blocks with a graph, or without one: their linear layers, and `blocks`."""
+    linears = ((Slot.NEW_PARAMETERS, name) for name in hfmodel.block_linears(model))
+    return frozenset([*linears, *((Slot.BLOCKS, block) for block in blocks)])
 
 
 # -- trainable edit ---------------------------------------------------------------------------------------------

@@ -232,31 +232,27 @@ class Draft:
 
     def plan(self, batch: Batch, optimizer: str | Callable, options: dict[str, Any]) -> Plan:
         """The plan of a step; see `plan`."""
-        from tightfit.core.simulate import example_batch, simulate
+        from tightfit.core.simulate import simulate
 
-        long_rows = any(transform.long_rows for transform in self.recipe)
-        check_batch(self.model, batch, long_rows=long_rows)
+        check_batch(self.model, batch, long_rows=self.recipe.long_rows)
         shared = self._shared(batch, optimizer, options)
         if self.applied is None:
             return Plan(**shared, peak_bytes=0, by_category={})
         if not self.trainable:
             raise StateError(f"plan: the recipe {self.recipe} leaves no parameter to train")
-        inputs = example_batch(self.model, *batch, long_rows=True) if long_rows and isinstance(batch, tuple) else batch
-        found = simulate(self.applied.model, inputs, optimizer=optimizer, **options)
+        found = simulate(self.applied.model, self._inputs(batch), optimizer=optimizer, **options)
         by_category = dict.fromkeys(CATEGORIES, 0) | found.by_category
         by_category["host"] += self._host_bytes()
         return Plan(**shared, peak_bytes=found.peak_bytes, by_category=by_category, simulation=found, notes=found.notes)
 
     def measured(self, batch: Batch, optimizer: str | Callable, options: dict[str, Any], reason: Exception) -> Plan:
         """The plan as real steps give it, run on a copy of the model because of `reason`."""
-        from tightfit.core.simulate import example_batch
         from tightfit.core.verify import run_step
 
         if any(p.is_meta for p in self.model.parameters()):
             raise SimulationError(f"{reason} (no step can be measured either: this model has no weights)") from reason
-        inputs = batch if isinstance(batch, dict) else example_batch(self.model, *batch)
         kept = {key: value for key, value in options.items() if key not in ("extrapolate", "train")}
-        found = run_step(self.model, self.recipe, inputs, optimizer=optimizer, **kept)
+        found = run_step(self.model, self.recipe, self._inputs(batch), optimizer=optimizer, **kept)
         by_category = {**found.by_category, "host": self._host_bytes()}
         return Plan(
             **self._shared(batch, optimizer, options),
@@ -265,6 +261,13 @@ class Draft:
             notes=(f"measured on a real step, because {reason}",),
             measured=True,
         )
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        from tightfit.core.simulate import example_batch
+
+        if isinstance(batch, tuple):
+            return example_batch(self.model, *batch, long_rows=self.recipe.long_rows)
+        return dict(batch)
 
     def _host_bytes(self) -> int:
         assert self.applied is not None

@@ -40,6 +40,11 @@ class Recipe:
         """Whether every transform keeps the gradients of the untransformed step."""
         return all(t.is_exact() for t in self.transforms)
 
+    @property
+    def long_rows(self) -> bool:
+        """Whether rows may be longer than the model has positions."""
+        return any(t.long_rows for t in self.transforms)
+
     def to_list(self) -> list[dict[str, Any]]:
         """The recipe as the `methods:` list of a recipe file."""
         return [{type(t).__name__: t.to_dict()} for t in self.transforms]

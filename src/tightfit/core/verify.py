@@ -274,8 +274,9 @@ def verify(found: Plan, model: nn.Module | None = None, *, in_place: bool = Fals
         raise StateError("verify: the planned model is gone; give it, as in plan.verify(model)")
     if type(model).__name__ != found.model:
         raise StateError(f"verify: the plan is for a {found.model}, the given model is a {type(model).__name__}")
-    # the plan has checked the length
-    batch = source.batch if isinstance(source.batch, dict) else example_batch(model, *source.batch, long_rows=True)
+    batch: Any = source.batch
+    if isinstance(batch, tuple):
+        batch = example_batch(model, *batch, long_rows=found.recipe.long_rows)
     options = {key: value for key, value in source.options.items() if key not in ("extrapolate", "train")}
     step = run_step(model, found.recipe, batch, optimizer=source.optimizer, in_place=in_place, **options)
     return Verification(found, step)

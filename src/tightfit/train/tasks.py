@@ -211,7 +211,7 @@ def _check_weights(file: RecipeFile, model: PreTrainedModel, loading: dict[str, 
 
 
 def _check_positions(file: RecipeFile, model: PreTrainedModel) -> None:
-    if file.task == "image-classification" or any(transform.long_rows for transform in file.recipe):
+    if file.task == "image-classification" or file.recipe.long_rows:
         return
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding) and ("position" in name or name.rpartition(".")[2] == "wpe"):

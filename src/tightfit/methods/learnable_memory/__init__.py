@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 from torch import nn
 
 from tightfit.core import hfmodel
-from tightfit.core.edits import CallEdit, ChildEdit, Edit, ModuleEdit, TrainableEdit
+from tightfit.core.edits import CallEdit, ChildEdit, ClaimEdit, Edit, ModuleEdit, TrainableEdit, inner_claims
 from tightfit.core.fields import check_bool, check_choice, check_int
 from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.learnable_memory.calls import TaskModel, TaskRows, WithMemory
-from tightfit.methods.learnable_memory.edits import BlocksEdit, CheckEdit, SharedMemory
+from tightfit.methods.learnable_memory.edits import SharedMemory, check
 from tightfit.methods.learnable_memory.memories import Memories, check_name
 from tightfit.methods.learnable_memory.places import METHOD, Places, places_of
 from tightfit.methods.learnable_memory.records import MEMORY
@@ -111,7 +111,8 @@ class LearnableMemory(Transform):
         own = _own_of_model(places)
         names = tuple(n for n, _ in model.named_parameters() if n.startswith(own))
         yield TrainableEdit(parameters=names, trainable=True, note="class token and head")
-        yield BlocksEdit(linears=tuple(hfmodel.block_linears(model)), note="gradients pass")
+        # nobody may run the blocks without a graph
+        yield ClaimEdit(slot=Slot.NEW_PARAMETERS, named="blocks", places=inner_claims(model), note="gradients pass")
         if not self.tokens:
             return
         yield from self._memory(model, places)
@@ -144,12 +145,23 @@ class LearnableMemory(Transform):
             trained=f"{METHOD} trained for its tasks",
             note=f"class token and head of {len(memories.sizes)} tasks",
         )
-        linears = tuple(hfmodel.block_linears(model))
-        yield BlocksEdit(exclusive=True, linears=linears, blocks=places.names, note="the old rows run as they are")
+        # they stay as they are: adapters inside would change the old logits
+        yield ClaimEdit(
+            slot=Slot.NEW_PARAMETERS,
+            exclusive=True,
+            named="blocks",
+            places=inner_claims(model, places.names),
+            note="the old rows run as they are",
+        )
         yield RegistryEdit(exclusive=True, note="captures keys and values")
         yield CallEdit(where="model", mixin=TaskModel, state=bound, part=memories, note=f"gives {self.task!r}")
         yield ModuleEdit(slot=Slot.INPUTS, module=places.embeddings, mixin=TaskRows, state=state)
-        yield CheckEdit(memories=memories, note="compares with the model")
+        yield ClaimEdit(
+            slot=Slot.INPUTS,
+            named="check",
+            check=functools.partial(check, memories=memories),
+            note="compares with the model",
+        )
 
     def _memory(self, model: nn.Module, places: Places) -> Iterator[Edit]:
         for index in range(places.depth):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from tightfit.core.calls import named_call
 from tightfit.core.tight import state_of
 from tightfit.methods.learnable_memory.memories import OLD, Memories
 from tightfit.methods.learnable_memory.records import Shared, slots_of
 from tightfit.methods.token_tune.records import KEY
-from tightfit.methods.token_tune.tuner import names_of
 
 
 class TaskModel:
@@ -19,7 +19,7 @@ class TaskModel:
         memories.bind(self)  # type: ignore[arg-type]
         if memories.served == OLD:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        call = dict(zip(names_of(self), args)) | kwargs  # type: ignore[arg-type]
+        call = named_call(self, args, kwargs)
         return memories.run(self, super().forward, call)  # type: ignore[misc]
 
     def _stock(self, **call: Any) -> Any:

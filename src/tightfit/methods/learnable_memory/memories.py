@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import types
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.core import artifacts, hfmodel
+from tightfit.core.calls import hidden_states
 from tightfit.core.edits import Part
 from tightfit.core.errors import ArtifactError, StateError, UnsupportedModelError, shorten
 from tightfit.core.fields import near
+from tightfit.methods.heads import answered, frozen
 from tightfit.methods.learnable_memory.places import METHOD, Places
 from tightfit.methods.learnable_memory.records import MEMORY, Rows, slots_of
 from tightfit.methods.learnable_memory.tasks import (
@@ -31,10 +31,8 @@ from tightfit.methods.learnable_memory.tasks import (
     release,
     task_of,
 )
-from tightfit.methods.side.frozen import evaluating
 from tightfit.methods.token_tune.records import KEY, Capture
-from tightfit.methods.token_tune.tuner import checkpoints, first_of
-from tightfit.ops.replay import drops, own_casts
+from tightfit.methods.token_tune.tuner import checkpoints
 
 OLD = "old"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
@@ -236,18 +234,14 @@ class Memories(Part):
         if self.visibility == EXTENSION:
             before = self.names[: self.names.index(self.served)]
             if before:
-                with torch.no_grad(), own_casts(), _still(model):
+                with frozen(model):
                     self._rows(model, capture, call, before, extension=True, extend=True)
         (logits,) = self._rows(model, capture, call, [self.served])
-        loss = None
-        if labels is not None:
-            config = types.SimpleNamespace(num_labels=self.sizes[self.served][0], problem_type=None)
-            loss = model.loss_function(labels, logits, config, **_loss_arguments(call))
-        return with_logits(old, logits, loss)
+        return answered(model, old, logits, call, labels, self.sizes[self.served][0])
 
     def _captured(self, model: Any, stock: Any, call: dict[str, Any]) -> tuple[Capture, Any]:
         capture = Capture({})
-        with torch.no_grad(), own_casts(), _still(model):
+        with frozen(model):
             out = stock(**call, **{KEY: capture})
         depth = len(model.get_submodule(self.places.blocks))
         if capture.reached != depth:
@@ -283,7 +277,7 @@ class Memories(Part):
             out = hfmodel.backbone(model)[1](pixel_values=call["pixel_values"], **{KEY: record})
         finally:
             self.pending = None
-        return first_of(out)
+        return hidden_states(out)
 
     # -- checks --------------------------------------------------------------------------------------------------
 
@@ -369,31 +363,5 @@ class Memories(Part):
         model._modules[TASKS].add_module(PREFIX + task, task_of(model, width, labels, seed))
 
 
-def with_logits(out: Any, logits: Tensor, loss: Tensor | None) -> Any:
-    """A model's output with other logits, and a loss; the model's own logits as `old_logits` where it has fields."""
-    if isinstance(out, tuple):
-        return (logits, *out[1:]) if loss is None else (loss, logits, *out[1:])
-    old = out.logits
-    out.logits = logits
-    if loss is not None:
-        out = type(out)(**{**dict(out.items()), "loss": loss})
-    out.old_logits = old.detach()
-    return out
-
-
 def _ours(name: str) -> bool:
     return not {MEMORY, TASKS}.isdisjoint(name.split("."))
-
-
-def _loss_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    return {"num_items_in_batch": call["num_items_in_batch"]} if "num_items_in_batch" in call else {}
-
-
-@contextlib.contextmanager
-def _still(model: Any):
-    """What is frozen runs without dropout."""
-    if not (model.training and drops(model)):
-        yield
-        return
-    with evaluating(model):
-        yield

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tightfit.core.new_modules import fresh
 from tightfit.methods.learnable_memory.records import MEMORY
-from tightfit.methods.side.places import fresh
 
 TASKS = "tight_tasks"
 """Name of the module that holds class tokens and heads."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from tightfit.core import hfmodel
+from tightfit.core.calls import named_call
 from tightfit.core.tight import state_of
-from tightfit.methods.recurrent_memory.reading import names_of, read
+from tightfit.methods.recurrent_memory.reading import read
 from tightfit.methods.recurrent_memory.recurrence import Recurrence
 
 
@@ -15,7 +16,7 @@ class MemoryModel:
 
     def forward(self, *args, **kwargs):
         own: Recurrence = state_of(self, MemoryModel)["recurrence"]  # type: ignore[arg-type]
-        call = dict(zip(names_of(self), args)) | kwargs  # type: ignore[arg-type]
+        call = named_call(self, args, kwargs)
         reader = hfmodel.stock_module(self, own.facts.reader)  # type: ignore[arg-type]
         if own.decoding is not None:
             return own.decoding.forward(self, reader, super().forward, call)  # type: ignore[misc]
@@ -27,7 +28,7 @@ class MemoryReader:
 
     def forward(self, *args, **kwargs):
         own: Recurrence = state_of(self, MemoryReader)["recurrence"]  # type: ignore[arg-type]
-        call = dict(zip(names_of(self), args)) | kwargs  # type: ignore[arg-type]
+        call = named_call(self, args, kwargs)
         stock: Any = super().forward  # type: ignore[misc]
         if own.request is None:
             return own.run(self, self, self._segment(stock, own), call, "hidden")  # type: ignore[arg-type]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tightfit.core import hfmodel
+from tightfit.core.calls import argument_names
 from tightfit.core.edit import Picker
 from tightfit.core.tight import states_of
 from tightfit.methods.recurrent_memory.facts import Facts
@@ -47,11 +47,6 @@ class Request:
     begins: bool | None = None
     behind: Tensor | None = None
     written: Tensor | None = None
-
-
-def names_of(module: nn.Module) -> tuple[str, ...]:
-    """Names of a call's arguments, in order."""
-    return tuple(inspect.signature(module.forward).parameters)
 
 
 def with_field(out: Any, **values: Any) -> Any:
@@ -128,7 +123,7 @@ def _surrounded(table, stock, call, tokens, request, facts, both_ways, reader) -
     call["attention_mask"] = None if counts is None else (place < ends + slots).long()
     if both_ways:
         call["attention_mask"] = masks(place, slots, width if counts is None else counts, rows, facts, reader)
-        if "position_ids" in names_of(reader):
+        if "position_ids" in argument_names(reader):
             call["position_ids"] = place[None]
     behind = torch.full((len(rows), 1), slots + width, device=rows.device) if counts is None else ends
     written = behind + place[:slots]

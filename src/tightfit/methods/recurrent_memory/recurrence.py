@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tightfit.core.calls import argument_names
 from tightfit.core.edits import Part
 from tightfit.core.hfmodel import has_values
 from tightfit.methods.recurrent_memory import layout
 from tightfit.methods.recurrent_memory.facts import Facts
 from tightfit.methods.recurrent_memory.layout import Piece
-from tightfit.methods.recurrent_memory.reading import Request, first_memory, names_of, pickers, with_field
+from tightfit.methods.recurrent_memory.reading import Request, first_memory, pickers, with_field
 from tightfit.ops.replay import Replay, drops
 
 IGNORED = -100
@@ -96,7 +97,7 @@ class Recurrence(Part):
             return stock(**given)
         tuple_wanted = not _returns_dict(model, call.pop("return_dict", None))
         labels, targets, total = self._labels(call, head, mask)
-        if "use_cache" in names_of(model):
+        if "use_cache" in argument_names(model):
             call["use_cache"] = False
         moved = source = None
         if self.facts.causal and head in ("causal", "hidden"):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.core import hfmodel
+from tightfit.core.calls import evaluating
 from tightfit.core.edits import CallEdit, ChildEdit, Claim, Edit, ModuleEdit, StackEdit, StackRunner, TrainableEdit
 from tightfit.core.errors import StateError, shorten
 from tightfit.core.tight import state_of
@@ -85,26 +86,14 @@ class FrozenBackbone:
             kwargs = _without_cache(self, kwargs, own["method"])
         with contextlib.ExitStack() as stack:
             if not own["dropout"]:
-                stack.enter_context(evaluating(self))
+                stack.enter_context(evaluating(_stock_inside(self)))  # type: ignore[arg-type]
             if own["cache"] is not None:
                 stack.enter_context(own["cache"].looking(self, args, kwargs, SIDE))
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
 
-@contextlib.contextmanager
-def evaluating(backbone: Any) -> Iterator[None]:
-    """Everything in the backbone but the module itself and side nets is in evaluation mode."""
-    switched = [module for module in _stock_inside(backbone) if module.training]
-    for module in switched:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in switched:
-            module.training = True
-
-
 def _stock_inside(module: nn.Module) -> Iterator[nn.Module]:
+    """Everything in the backbone but the module itself and side nets."""
     for name, child in module._modules.items():
         if child is not None and name != SIDE:
             yield child

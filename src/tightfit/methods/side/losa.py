@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tightfit.core import hfmodel
 from tightfit.core.edits import Edit, Part, StackRunner
 from tightfit.core.fields import check_bool, check_int
+from tightfit.core.new_modules import fresh
 from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.side.frozen import (
     FrozenStackEdit,
@@ -24,7 +25,7 @@ from tightfit.methods.side.frozen import (
     untouched_edits,
     with_first,
 )
-from tightfit.methods.side.places import Place, check_layers, check_range, fresh, places
+from tightfit.methods.side.places import Place, check_layers, check_range, places
 
 METHOD = "Losa"
 TOKEN_RANK = 16

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tightfit.core import hfmodel
 from tightfit.core.edits import is_planning
 from tightfit.core.errors import UnsupportedModelError
-from tightfit.methods.side.places import HEADS, INNER, STATES, Place, head_dim, like, own_random
+from tightfit.core.new_modules import like, own_random
+from tightfit.methods.side.places import HEADS, INNER, STATES, Place, head_dim
 from tightfit.methods.side.rows import Choice, choose, cut, cut_norm, evenly, groups_of, magnitude
 from tightfit.methods.side.taps import tap
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tightfit.core import hfmodel
 from tightfit.core.edits import Edit, ModuleEdit, Part, StackRunner
 from tightfit.core.fields import check_bool, check_float, check_int
+from tightfit.core.new_modules import fresh
 from tightfit.core.tight import state_of
 from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.side.frozen import (
@@ -30,7 +31,7 @@ from tightfit.methods.side.frozen import (
     untouched_edits,
     with_first,
 )
-from tightfit.methods.side.places import Place, check_divides, check_layers, fresh, places
+from tightfit.methods.side.places import Place, check_divides, check_layers, places
 
 METHOD = "Sherl"
 SMALLEST = 1e-6

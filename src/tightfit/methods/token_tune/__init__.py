@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from tightfit.core.batch import positions
-from tightfit.core.edits import CallEdit, Edit, ModuleEdit, ModulesEdit, StackEdit
+from tightfit.core.edits import CallEdit, ClaimEdit, Edit, ModuleEdit, ModulesEdit, StackEdit
 from tightfit.core.errors import UnsupportedModelError
 from tightfit.core.fields import check_bool, check_choice, check_float, check_int
 from tightfit.core.transform import Context, Slot, Transform
@@ -22,7 +23,7 @@ from tightfit.methods.token_tune.calls import (
     TunedModel,
     TunedRunner,
 )
-from tightfit.methods.token_tune.edits import CachingEdit, CheckEdit, RegistryEdit
+from tightfit.methods.token_tune.edits import CachingEdit, RegistryEdit, check
 from tightfit.methods.token_tune.facts import facts_of
 from tightfit.methods.token_tune.policies import POLICIES
 from tightfit.methods.token_tune.tuner import Settings, Tuner
@@ -166,7 +167,14 @@ class TokenTune(Transform):
                 return [(model.get_submodule(name), {}) for name in facts.blocks]
 
             yield ModulesEdit(slot=Slot.INPUTS, kind="block", mixin=Scored, find=blocks, note="tells its update")
-        yield CheckEdit(tuner=tuner, blocks=facts.blocks, note="compares with the stock model")
+        yield ClaimEdit(
+            slot=Slot.INPUTS,
+            named="check",
+            # whoever takes over blocks cannot hand them selected tokens
+            places=frozenset((Slot.BLOCKS, block) for block in facts.blocks),
+            check=functools.partial(check, tuner=tuner),
+            note="compares with the stock model",
+        )
 
     def _check_model(self, model: nn.Module, facts: Any) -> None:
         where = type(model).__name__

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tightfit.core.calls import named_call
 from tightfit.core.edits import StackRunner
 from tightfit.core.tight import state_of
 from tightfit.methods.token_tune.loss import targets_of, token_loss
 from tightfit.methods.token_tune.records import KEY, Capture, Replay
-from tightfit.methods.token_tune.tuner import Request, Tuner, hidden_of, names_of
+from tightfit.methods.token_tune.tuner import Request, Tuner, hidden_of
 from tightfit.ops.overwrite import overwrite, take
 from tightfit.ops.replay import own_casts
 
@@ -29,7 +30,7 @@ class TunedModel:
     def forward(self, *args, **kwargs):
         stock = super().forward  # type: ignore[misc]
         tuner: Tuner = state_of(self, TunedModel)["tuner"]  # type: ignore[arg-type]
-        call = dict(zip(names_of(self), args)) | kwargs  # type: ignore[arg-type]
+        call = named_call(self, args, kwargs)
         request = Request(positions=call.pop(GIVEN[0], None), scores=call.pop(GIVEN[1], None))
         if not _active(self) or tuner.whole:
             return stock(**call)
@@ -99,7 +100,7 @@ class TunedRunner:
     def forward(self, *args, **kwargs):
         stock = super().forward  # type: ignore[misc]
         tuner: Tuner = state_of(self, TunedRunner)["tuner"]  # type: ignore[arg-type]
-        call = dict(zip(names_of(self), args)) | kwargs  # type: ignore[arg-type]
+        call = named_call(self, args, kwargs)
         if tuner.request is None:  # called by itself
             given = Request(positions=call.pop(GIVEN[0], None), scores=call.pop(GIVEN[1], None))
             if not _active(self) or tuner.whole:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from tightfit.core import hfmodel
-from tightfit.core.edits import Claim, Edit, Handle, ModuleEdit, is_planning
+from tightfit.core.calls import evaluating, hidden_states, mismatch, random_images
+from tightfit.core.edits import Claim, Edit, Handle, ModuleEdit
 from tightfit.core.errors import UnsupportedModelError
 from tightfit.core.tight import state_of
 from tightfit.core.transform import Slot
 from tightfit.methods.token_tune.calls import TunedRunner
 from tightfit.methods.token_tune.records import token_attention
-from tightfit.methods.token_tune.tuner import Request, Tuner, first_of
+from tightfit.methods.token_tune.tuner import Request, Tuner
 
 PREFIX = "tightfit_tokens_"
 ACCEPTED = ("sdpa", "eager", "tightfit_sdpa")
@@ -70,35 +69,6 @@ class CachingEdit(ModuleEdit):
         return super().claims() | {(Slot.INPUTS, "(cache)")}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class CheckEdit(Edit):
-    """Run the model on a small random batch and compare the selected tokens with the stock model's."""
-
-    slot: Slot = Slot.INPUTS
-    tuner: Tuner
-    blocks: tuple[str, ...]
-
-    @property
-    def target(self) -> str:
-        return "(check)"
-
-    def claims(self):
-        # whoever takes over blocks cannot hand them selected tokens
-        return frozenset((Slot.BLOCKS, block) for block in self.blocks)
-
-    def run(self, model: nn.Module) -> Handle:
-        if not is_planning() and all(hfmodel.has_values(p) for p in model.parameters()):
-            check(model, self.tuner)
-        return Handle_()
-
-
-class Handle_(Handle):
-    """Nothing to undo."""
-
-    def undo(self, model: nn.Module) -> None:
-        pass
-
-
 def check(model: nn.Module, tuner: Tuner) -> None:
     """Compare on a random, ragged batch.
 
@@ -115,22 +85,19 @@ def check(model: nn.Module, tuner: Tuner) -> None:
     stock = functools.partial(type(runner)._stock, runner)
     suffix = tuner.settings.schedule == "suffix"
     before = (tuner.random.step, tuner.sizes)
-    with evaluating(model), torch.no_grad():
-        expected = first_of(stock(**call)).clone()
+    with evaluating(model.modules()), torch.no_grad():
+        expected = hidden_states(stock(**call)).clone()
         tuner.request = Request(positions=None if suffix else places)
         try:
-            found = first_of(state["tuner"].run(runner, stock, call))
+            found = hidden_states(state["tuner"].run(runner, stock, call))
         finally:
             tuner.request = None
     tuner.random.step, tuner.sizes = before
-    gap = (found - expected).where(real[..., None], 0.0).abs().amax()
-    size = expected.where(real[..., None], 0.0).abs().amax()
-    limit = 100 * torch.finfo(expected.dtype).eps
-    if not bool(gap <= max(limit, 1e-5) * size.clamp_min(1.0)):
+    off = mismatch(found.where(real[..., None], 0.0), expected.where(real[..., None], 0.0))
+    if off is not None:
         raise UnsupportedModelError(
-            f"TokenTune: {type(model).__name__} is not supported: with selected tokens apart its hidden states are off "
-            f"by {float(gap):.1e} (allowed {max(limit, 1e-5):.0e} of {float(size):.1e}), so tokens are mixed somewhere "
-            f"outside of attention"
+            f"TokenTune: {type(model).__name__} is not supported: with selected tokens apart its hidden states are "
+            f"{off}, so tokens are mixed somewhere outside of attention"
         )
 
 
@@ -140,11 +107,10 @@ def probe(runner: Any, tuner: Tuner) -> tuple[dict[str, Any] | None, torch.Tenso
     generator = torch.Generator().manual_seed(0)
     config = runner.config
     if tuner.facts.rule == "image":
-        side = config.image_size if isinstance(config.image_size, (tuple, list)) else [config.image_size] * 2
-        pixels = torch.randn(2, getattr(config, "num_channels", 3), *side, generator=generator)
-        with torch.no_grad(), evaluating(runner):
-            tokens = runner.embeddings(pixels.to(like)).shape[1]
-        return {"pixel_values": pixels.to(like)}, torch.ones(2, tokens, dtype=torch.bool, device=like.device)
+        pixels = random_images(config, like)
+        with torch.no_grad(), evaluating(runner.modules()):
+            tokens = runner.embeddings(pixels).shape[1]
+        return {"pixel_values": pixels}, torch.ones(2, tokens, dtype=torch.bool, device=like.device)
     width = getattr(config, "embedding_size", None) or config.hidden_size
     table = runner.get_input_embeddings()
     width = getattr(table, "embedding_dim", width)
@@ -160,15 +126,3 @@ def probe(runner: Any, tuner: Tuner) -> tuple[dict[str, Any] | None, torch.Tenso
         other = torch.randn(2, 7, config.d_model, generator=generator).to(like)
         call["encoder_hidden_states"] = other
     return call, mask.bool()
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module's own flag comes back."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag

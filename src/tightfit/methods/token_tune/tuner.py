@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.core import hfmodel
+from tightfit.core.calls import hidden_states
 from tightfit.core.edit import Picker
 from tightfit.core.errors import StateError, UnsupportedModelError
 from tightfit.methods.token_tune import policies
@@ -147,7 +147,7 @@ class Tuner(Picker):
         self.check_arrival(runner, capture)
         selection = self.choose(request, call, capture)
         rows = self.rows_of(runner, call, selection, capture.length)
-        kept = None if request.rows else first_of(whole)
+        kept = None if request.rows else hidden_states(whole)
         routers = getattr(whole, "router_logits", None)
         del whole
         self.replay = Replay(capture, selection, self.factor(selection), keep=checkpoints(runner))
@@ -166,7 +166,7 @@ class Tuner(Picker):
             self.check_arrival(runner, self.tape[0])
         finally:
             self.tape = None
-        whole = first_of(out)
+        whole = hidden_states(out)
         rows = take(whole, selection.positions)
         # what stands behind the blocks, a norm, ran on all tokens
         found = rows if request.rows else overwrite(whole.detach().clone(), rows, selection.positions, selection.valid)
@@ -206,7 +206,7 @@ class Tuner(Picker):
             first |= {"position_ids": where[..., :start], "attention_mask": None if mask is None else mask[:, :start]}
             with torch.no_grad(), own_casts():
                 before = stock(**{**first, "use_cache": True})
-            kept, cache = None if request.rows else first_of(before), before.past_key_values
+            kept, cache = None if request.rows else hidden_states(before), before.past_key_values
             routers = getattr(before, "router_logits", None)
             del before
         rest = {k: v[:, start:] if aligned(v, rows, length) else v for k, v in whole.items()}
@@ -218,7 +218,7 @@ class Tuner(Picker):
             both = zip(routers, out.router_logits)
             parts = [[t.view(rows, -1, t.shape[-1]) for t in pair] for pair in both]
             out.router_logits = tuple(torch.cat(pair, 1).flatten(0, 1) for pair in parts)
-        return out if kept is None else with_hidden(out, torch.cat([kept, first_of(out)], 1))
+        return out if kept is None else with_hidden(out, torch.cat([kept, hidden_states(out)], 1))
 
     # -- its parts -----------------------------------------------------------------------------------------------
 
@@ -338,11 +338,6 @@ class Tuner(Picker):
         return out
 
 
-def names_of(module: nn.Module) -> tuple[str, ...]:
-    """Names of a call's arguments, in order."""
-    return tuple(inspect.signature(module.forward).parameters)
-
-
 def aligned(value: Any, rows: int, length: int) -> bool:
     """Whether a tensor has an entry for each token."""
     return torch.is_tensor(value) and value.dim() >= 2 and value.shape[:2] == (rows, length)
@@ -351,11 +346,6 @@ def aligned(value: Any, rows: int, length: int) -> bool:
 def hidden_of(out: Any) -> Tensor:
     """The hidden states of a block's output."""
     return out[0] if isinstance(out, tuple) else out
-
-
-def first_of(out: Any) -> Tensor:
-    """The hidden states of a backbone's output."""
-    return out[0] if isinstance(out, tuple) else out.last_hidden_state
 
 
 def with_hidden(out: Any, hidden: Tensor) -> Any:
@@ -369,7 +359,7 @@ def with_hidden(out: Any, hidden: Tensor) -> Any:
 def merged(out: Any, kept: Tensor | None, routers: Any, selection: Selection) -> Any:
     """A replay's output, where asked for with all other tokens as constants."""
     if kept is not None:
-        out = with_hidden(out, overwrite(kept, first_of(out), selection.positions, selection.valid))
+        out = with_hidden(out, overwrite(kept, hidden_states(out), selection.positions, selection.valid))
     fresh = getattr(out, "router_logits", None)
     if routers is not None and fresh is not None:
         out.router_logits = tuple(with_rows(a, b, selection) for a, b in zip(routers, fresh))

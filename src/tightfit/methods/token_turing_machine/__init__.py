@@ -10,13 +10,12 @@ from typing import Any, ClassVar
 from torch import nn
 
 from tightfit.core import hfmodel
-from tightfit.core.edits import CallEdit, ChildEdit, Edit, TrainableEdit
+from tightfit.core.edits import CallEdit, ChildEdit, ClaimEdit, Edit, TrainableEdit, inner_claims
 from tightfit.core.errors import UnsupportedModelError
 from tightfit.core.fields import check_bool, check_choice, check_float, check_int
+from tightfit.core.new_modules import fresh
 from tightfit.core.simulate.batches import task_of
 from tightfit.core.transform import Context, Slot, Transform
-from tightfit.methods.learnable_memory.edits import BlocksEdit
-from tightfit.methods.side.places import fresh
 from tightfit.methods.token_turing_machine.calls import STREAM, Noted, Reading, StreamHead, StreamModel
 from tightfit.methods.token_turing_machine.stream import (
     SUMMARISERS,
@@ -133,8 +132,13 @@ class TokenTuringMachine(Transform):
             note=f"{self.memory} tokens of memory, {self.tokens} read of each {self.segment}",
         )
         blocks = tuple(block for stack in hfmodel.stacks(model) for block in stack) if self.freeze else ()
-        linears = tuple(hfmodel.block_linears(model))
-        yield BlocksEdit(exclusive=self.freeze, linears=linears, blocks=blocks, note="no graph" if self.freeze else "")
+        yield ClaimEdit(
+            slot=Slot.NEW_PARAMETERS,
+            exclusive=self.freeze,
+            named="blocks",
+            places=inner_claims(model, blocks),
+            note="no graph" if self.freeze else "",
+        )
         yield CallEdit(slot=Slot.LOSS, where="backbone", mixin=Noted, state=state, note="its tokens are read")
         yield CallEdit(slot=Slot.LOSS, where="model", mixin=StreamModel, state=state, part=reading, note="new head")
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import types
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tightfit.core.calls import hidden_states, named_call
 from tightfit.core.edits import Part
 from tightfit.core.errors import StateError, shorten
 from tightfit.core.tight import state_of
-from tightfit.methods.learnable_memory.memories import with_logits
-from tightfit.methods.side.frozen import evaluating
-from tightfit.methods.token_tune.tuner import first_of, names_of
+from tightfit.methods.heads import answered, frozen
 from tightfit.methods.token_turing_machine.stream import TokenTuringStream
-from tightfit.ops.replay import drops, own_casts
 
 STREAM = "tight_stream"
 """Name of the module that is added."""
@@ -69,7 +66,6 @@ class Reading(Part):
     def run(self, model: Any, stock: Any, call: dict[str, Any]) -> Any:
         """The model's output with the stream's logits."""
         labels = call.pop("labels", None)
-        items = {key: call[key] for key in ("num_items_in_batch",) if key in call}
         if self.freeze and model.training and torch.is_grad_enabled():
             trained = [n for n, p in model.named_parameters() if p.requires_grad and STREAM not in n.split(".")]
             if trained:
@@ -79,12 +75,7 @@ class Reading(Part):
                 )
         self.noting, self.seen = True, None
         try:
-            with contextlib.ExitStack() as stack:
-                if self.freeze:
-                    stack.enter_context(torch.no_grad())
-                    stack.enter_context(own_casts())
-                    if model.training and drops(model):
-                        stack.enter_context(evaluating(model))
+            with frozen(model) if self.freeze else contextlib.nullcontext():
                 out = stock(**call)
             if self.seen is None:
                 raise StateError("TokenTuringMachine: the model gave an output without calling its backbone")
@@ -97,11 +88,7 @@ class Reading(Part):
         head: StreamHead = model._modules[STREAM]
         self.steps = -(-hidden.shape[1] // head.segment)
         logits = head(hidden, real)
-        loss = None
-        if labels is not None:
-            config = types.SimpleNamespace(num_labels=self.labels, problem_type=None)
-            loss = model.loss_function(labels, logits, config, **items)
-        return with_logits(out, logits, loss)
+        return answered(model, out, logits, call, labels, self.labels)
 
 
 class StreamModel:
@@ -109,7 +96,7 @@ class StreamModel:
 
     def forward(self, *args, **kwargs):
         reading: Reading = state_of(self, StreamModel)["reading"]  # type: ignore[arg-type]
-        call = dict(zip(names_of(self), args)) | kwargs  # type: ignore[arg-type]
+        call = named_call(self, args, kwargs)
         return reading.run(self, super().forward, call)  # type: ignore[misc]
 
 
@@ -120,6 +107,6 @@ class Noted:
         out = super().__call__(*args, **kwargs)  # type: ignore[misc]
         reading: Reading = state_of(self, Noted)["reading"]  # type: ignore[arg-type]
         if reading.noting:
-            call = dict(zip(names_of(self), args)) | kwargs  # type: ignore[arg-type]
-            reading.seen = first_of(out), call.get("attention_mask")
+            call = named_call(self, args, kwargs)
+            reading.seen = hidden_states(out), call.get("attention_mask")
         return out
