@@ -1,4 +1,4 @@
-# ruff: noqa: F401, F811 (fixtures are imported)
+# ruff: noqa: F401 (fixtures are imported)
 """Affine codes by Triton kernels: the bytes of the plain packing, and what comes back."""
 
 import math

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tightfit.ops import kernels
 from tightfit.ops.activation.torch import Function
 from tightfit.ops.autograd import refuse_second_derivative
 
@@ -65,7 +66,12 @@ def levels(kind: str) -> list[float]:
 class _FewBit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, function, kind):
-        packed = pack_codes(sum((x > threshold).to(torch.uint8) for threshold, _ in STEPS[kind]))
+        if kernels.use(x, dtypes=kernels.HALVES):
+            from tightfit.ops.activation import triton
+
+            packed = triton.step_codes(x, [threshold for threshold, _ in STEPS[kind]])
+        else:
+            packed = pack_codes(sum((x > threshold).to(torch.uint8) for threshold, _ in STEPS[kind]))
         ctx.kind, ctx.dtype = kind, x.dtype
         ctx.mark_non_differentiable(packed)
         ctx.save_for_backward(packed)
@@ -75,6 +81,10 @@ class _FewBit(torch.autograd.Function):
     def backward(ctx, grad, _):
         refuse_second_derivative("few_bit_activation")
         (packed,) = ctx.saved_tensors
+        if kernels.use(packed, grad) and grad.dtype in kernels.HALVES:
+            from tightfit.ops.activation import triton
+
+            return triton.stepped(packed, grad, levels(ctx.kind)).to(ctx.dtype), None, None
         slope = unpack_codes(packed, grad.numel(), torch.tensor(levels(ctx.kind), dtype=grad.dtype, device=grad.device))
         return slope.view(grad.shape).mul_(grad).to(ctx.dtype), None, None
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from tightfit.ops import kernels
 from tightfit.ops.autograd import refuse_second_derivative
 from tightfit.ops.codec import Codec, Kept
 from tightfit.ops.recompute import recompute
@@ -25,16 +26,11 @@ def slope_of(function: Function) -> Slope | None:
     >>> slope_of(nn.ReLU()) is None
     True
     """
-    names = [cls.__name__ for cls in type(function).__mro__]
-    options = {}
-    if "SiLU" in names or "SiLUActivation" in names:
-        kernel = aten.silu_backward
-    elif "GELU" in names:
-        kernel, options = aten.gelu_backward, {"approximate": function.approximate}  # type: ignore[attr-defined]
-    elif "GELUActivation" in names and function.act is nn.functional.gelu:  # type: ignore[attr-defined]
-        kernel, options = aten.gelu_backward, {"approximate": "none"}
-    else:
+    kind = kind_of(function)
+    if kind is None:
         return None
+    kernel = aten.silu_backward if kind == "silu" else aten.gelu_backward
+    options = {} if kind == "silu" else {"approximate": "tanh" if kind == "gelu_tanh" else "none"}
 
     def slope(grad: Tensor, x: Tensor, memory: Tensor | None = None) -> Tensor:
         if memory is None or memory.dtype != grad.dtype or x.dtype != grad.dtype:
@@ -42,6 +38,22 @@ def slope_of(function: Function) -> Slope | None:
         return kernel.grad_input(grad, x, **options, grad_input=memory)
 
     return slope
+
+
+def kind_of(function: Function) -> str | None:
+    """ "silu", "gelu" or "gelu_tanh" where it is one of these as torch computes it, else None.
+
+    >>> kind_of(nn.GELU(approximate="tanh")), kind_of(nn.ReLU())
+    ('gelu_tanh', None)
+    """
+    names = [cls.__name__ for cls in type(function).__mro__]
+    if "SiLU" in names or "SiLUActivation" in names:
+        return "silu"
+    if "GELU" in names:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(function.approximate)  # type: ignore[attr-defined]
+    if "GELUActivation" in names and function.act is nn.functional.gelu:  # type: ignore[attr-defined]
+        return "gelu"
+    return None
 
 
 def activation(x: Tensor, function: Function, slope: Slope | None = None, *, codec: Codec | None = None) -> Tensor:
@@ -105,9 +117,16 @@ def gated_activation(
     if slope is None:
         return recompute(product, gate, up, codec=codec)
     kept = Kept(codec, gate, up)
-    out, *packed = _Gated.apply(gate, up, function, slope, kept)
+    alike = gate.shape == up.shape and gate.dtype == up.dtype and gate.dtype in kernels.HALVES
+    kind = kind_of(function) if alike else None
+    out, *packed = _Gated.apply(gate, up, function, slope, kept, kind)
 
     def again(*saved: Tensor) -> Tensor:
+        if kind is not None and kernels.use(*saved):
+            from tightfit.ops.activation import triton
+
+            gate, up = kept.again(saved)
+            return triton.product(gate, up, kind, overwrite=codec is not None)
         gate = kept.one(saved, 0)
         value = function(gate)
         if value is gate:
@@ -120,8 +139,8 @@ def gated_activation(
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up, function, slope, kept):
-        ctx.function, ctx.slope, ctx.kept = function, slope, kept
+    def forward(ctx, gate, up, function, slope, kept, kind):
+        ctx.function, ctx.slope, ctx.kept, ctx.kind = function, slope, kept, kind
         packed = kept.save(ctx, gate, up)
         return function(gate) * up, *packed
 
@@ -129,7 +148,13 @@ class _Gated(torch.autograd.Function):
     def backward(ctx, grad, *_):
         refuse_second_derivative("gated_activation")
         saved = ctx.saved_tensors  # once: a checkpoint unpacks only once
+        if ctx.kind is not None and grad.dtype == ctx.kept.likes[0][1] and kernels.use(grad, *saved):
+            from tightfit.ops.activation import triton
+
+            gate, up = ctx.kept.again(saved)
+            grads = triton.gated_backward(grad, gate, up, ctx.kind, overwrite=ctx.kept.codec is not None)
+            return *grads, None, None, None, None
         pull = grad * ctx.kept.one(saved, 1)
         gate = ctx.kept.one(saved, 0)
         grad_gate = ctx.slope(pull, gate, pull)
-        return grad_gate, ctx.function(gate).mul_(grad), None, None, None
+        return grad_gate, ctx.function(gate).mul_(grad), None, None, None, None

@@ -178,7 +178,8 @@ def rms_norm(
     if codec is None or not x.numel():
         return attach(_RMSNorm.apply(x, weight, eps, stock, offset), (x,), rebuild or stock)
     out, *packed = _CodedRMSNorm.apply(x, weight, eps, stock, offset, codec)
-    shape, dtype, kind, held = out.shape, out.dtype, _compute_dtype(x), lasting(weight)
+    shape, dtype, kind = out.shape, out.dtype, _compute_dtype(x)
+    held: Tensor = lasting(weight)  # type: ignore[assignment]
 
     def again(*kept: Tensor) -> Tensor:
         return codec.decode(kept, shape, kind).mul_(_factor(held, offset, kind)).to(dtype)
