@@ -1,3 +1,4 @@
+import gc
 import json
 import random
 import shutil
@@ -7,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from runs import project, recipe_file
+from runs import only_train, project, recipe_file
 from safetensors.torch import load_file
 
 from tightfit.core.errors import ArtifactError, RecipeError, TrainingError
@@ -21,16 +22,8 @@ class Killed(Exception):
 
 
 @pytest.fixture(autouse=True)
-def only_train(monkeypatch):
-    """Leave out the measured and the simulated step: these tests are about the weights."""
-    import gc
-
-    from tightfit import Measurement
-    from tightfit.train import bench, run
-
-    monkeypatch.setattr(bench, "measure_applied", lambda *a: Measurement(1, 1, 1, 1.0, {}))
-    monkeypatch.setattr(run, "_predicted", lambda *a: None)
-    gc.freeze()  # the Trainer collects garbage often; what the imports left need not be looked at
+def the_weights(monkeypatch):
+    only_train(monkeypatch)
     yield
     gc.unfreeze()
 

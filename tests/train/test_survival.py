@@ -11,11 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from run_server import Command, Server
 from runs import project
+from transformers import BertConfig, BertForMaskedLM
 
 from tightfit.train import checkpoints
 from tightfit.train.folder import read_metrics
+from tightfit.train.recipe_file import read_recipe_file
 
 SETTINGS = ("train.save_every=2", "train.logging_steps=1")
 """Ten steps, five checkpoints."""
@@ -40,7 +43,7 @@ def whole(server, made):
     """A run that nothing disturbed, with all of its checkpoints; and the seconds it took."""
     started = time.monotonic()
     code, said = server.run(*command(made, made / "whole"), keep_all=True, modules=True)
-    assert code == 0, said
+    assert code == 0 and "CPUAllocator" not in said and "Traceback" not in said, said
     return made / "whole", time.monotonic() - started
 
 
@@ -149,6 +152,69 @@ def killed_until_done(server, made, whole, cut, draw, kills, more=()) -> tuple[i
 def test_a_run_killed_again_and_again_ends_on_the_same_bits(server, made, whole, tmp_path):
     killed, _ = killed_until_done(server, made, whole, tmp_path / "cut", random.Random(3), kills=3)
     assert killed >= 1
+
+
+def interrupted(server, made, output, number, wait_for="checkpoint-2", *more) -> str:
+    """Start a run, send it a signal once a name appears in its folder; returns what it said."""
+    running = server.start(*command(made, output, *more))
+    while running.running() and wait_for not in names_in(output):
+        time.sleep(0.0005)
+    running.kill(number)
+    code, said = running.wait()
+    assert code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], said
+    return said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(server, made, whole, tmp_path, number):
+    said = interrupted(server, made, tmp_path / "cut", number)
+    stopped = re.search(r"stopped at step (\d+); go on with --resume", said)
+    assert stopped and "stopping after this step" in said and "Traceback" not in said, said
+    saved = checkpoints.checkpoints(tmp_path / "cut" / "checkpoints")
+    assert saved[-1].name == f"checkpoint-{stopped[1]}"
+    code, said = server.run(*command(made, tmp_path / "cut", "--resume"))
+    assert code == 0 and f"checkpoint-{stopped[1]}" in said, said
+    assert (tmp_path / "cut/tightfit.safetensors").read_bytes() == (whole[0] / "tightfit.safetensors").read_bytes()
+
+
+def test_no_space_for_a_checkpoint(server, made, whole, tmp_path):
+    """A file-size limit gives the same kind of error as a full disk, inside the libraries that write."""
+    folder, cut = whole[0], tmp_path / "cut"
+    interrupted(server, made, cut, signal.SIGTERM)
+    before = checkpoints.checkpoints(cut / "checkpoints")[-1]
+    limit = (folder / "checkpoints" / "checkpoint-2" / "optimizer.safetensors").stat().st_size - 1
+    code, said = server.run(*command(made, cut, "--resume"), file_bytes=limit)
+    line = said.splitlines()[-1]
+    assert code == 1 and "Traceback" not in said, said
+    found = re.search(rf"no space left in {cut}/checkpoints: the checkpoint of step \d+ needs ([\d,]+) bytes", line)
+    assert found and "are free there" in line and "--resume" in line, said
+    real = sum(f.stat().st_size for f in (folder / "checkpoints" / "checkpoint-2").iterdir())
+    assert 0.7 * real < int(found[1].replace(",", "")) <= real
+    assert checkpoints.checkpoints(cut / "checkpoints")[-1] == before
+    assert not [n for n in names_in(cut) if n.startswith(".")]
+    code, said = server.run(*command(made, cut, "--resume"))
+    assert code == 0, said
+    assert (cut / "tightfit.safetensors").read_bytes() == (folder / "tightfit.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_memory_that_cannot_be_allocated(server, tmp_path):
+    """A real refusal of the allocator: the process may not grow as far as the step needs."""
+    made = project(tmp_path / "made")
+    torch.manual_seed(0)
+    config = BertConfig.from_pretrained(made / "model")
+    config.intermediate_size = 400_000
+    BertForMaskedLM(config).save_pretrained(made / "model")
+    output = tmp_path / "run"
+    code, said = server.run(*command(made, output), address_bytes=1_100_000_000)
+    line = said.splitlines()[-1]
+    assert code == 1 and "Traceback" not in said, said
+    assert re.search(r"out of memory: .*can't allocate memory.*; the plan said [\d.]+ (MiB|GiB)", line), said
+    assert f"tightfit train {output}/cheaper.yaml" in line, said
+    file = read_recipe_file(output / "cheaper.yaml")
+    assert file.methods or file.train.gradient_accumulation > 1
+    code, said = server.run("train", output / "cheaper.yaml", "train.max_steps=2", address_bytes=1_100_000_000)
+    assert code == 0, said
 
 
 RECIPES = {"stock": [], "SparseAdapter": ["methods=[{SparseAdapter: {width: 64, top_k: 4}}]"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,7 +152,7 @@ class RunTrainer(Trainer):
         else:
             self._leave_out(values, norms)
         self._parts, self._losses, self._seen_by_a_method = [], [], ""
-        return norm
+        return float(norms)
 
     def _leave_out(self, losses: torch.Tensor, norm: torch.Tensor) -> None:
         """Drop the step's gradients. Raises: TrainingError where the run is to stop instead."""
@@ -273,6 +274,8 @@ def build_trainer(
     Raises:
         RecipeError: for sharded training, which checkpoints do not cover.
     """
+    recipe: Any = applied.callback(predicted)
+    recipe.on_save = functools.partial(recipe._pass_on, "on_save")  # a run's own checkpoints lack no weights
     trainer = RunTrainer(
         model=applied.model,
         args=training_arguments(section, folder),
@@ -281,7 +284,7 @@ def build_trainer(
         data_collator=data.collator,
         compute_metrics=metrics_for(data),
         preprocess_logits_for_metrics=preprocess_logits_for(data),
-        callbacks=[applied.callback(predicted), listener, *callbacks, *trackers(section, folder)],
+        callbacks=[recipe, listener, *callbacks, *trackers(section, folder)],
     )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise RecipeError(
