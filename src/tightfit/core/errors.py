@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+_LONGEST = 1500
+
 
 class TightfitError(Exception):
     """Base of every error raised on purpose by tightfit."""
+
+    def __str__(self) -> str:
+        """The message: printable, and without the middle of a value that fills pages."""
+        text = super().__str__().encode("utf-8", "backslashreplace").decode()
+        half = _LONGEST // 2
+        return text if len(text) <= _LONGEST else f"{text[:half]} [...] {text[-half:]}"
 
 
 class ConflictError(TightfitError, ValueError):

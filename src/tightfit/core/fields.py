@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
+
+_LARGEST = 2**63 - 1
+
+
+def _brief(number: float) -> str:
+    """A number in a message; Python refuses to write out whole numbers of thousands of digits."""
+    return str(number) if abs(number) < 10**30 or isinstance(number, float) else f"{'-' * (number < 0)}10**30 and more"
 
 
 def _owner(transform: Any, field: str) -> str:
@@ -30,8 +38,8 @@ def check_int(transform: Any, field: str, low: int, high: int | None = None, *, 
     bound = f"an int >= {low}" if high is None else f"an int in [{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{_owner(transform, field)}: got {value!r} ({type(value).__name__}), accepted is {bound}")
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"{_owner(transform, field)}: got {value}, accepted is {bound}")
+    if value < low or value > (_LARGEST if high is None else high):
+        raise ValueError(f"{_owner(transform, field)}: got {_brief(value)}, accepted is {bound}")
 
 
 def check_float(
@@ -54,8 +62,8 @@ def check_float(
         raise TypeError(f"{_owner(transform, field)}: got {value!r} ({type(value).__name__}), accepted is {bound}")
     too_low = value <= low if open_low else value < low
     too_high = value >= high if open_high else value > high
-    if math.isnan(value) or math.isinf(value) or too_low or too_high:
-        raise ValueError(f"{_owner(transform, field)}: got {value}, accepted is {bound}")
+    if too_low or too_high or abs(value) > sys.float_info.max or math.isnan(value):
+        raise ValueError(f"{_owner(transform, field)}: got {_brief(value)}, accepted is {bound}")
 
 
 def check_bool(transform: Any, field: str) -> None:
@@ -89,5 +97,7 @@ def near(value: Any, allowed: Sequence[Any]) -> str:
     >>> near("spilt", ["full", "split"])
     "; did you mean 'split'?"
     """
+    if len(str(value)) > 100:
+        return ""
     close = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from tightfit.core.documents import ShallowLoader, check_document, parse_json
 from tightfit.core.errors import RecipeError
 from tightfit.core.fields import near
 from tightfit.core.transform import Transform
@@ -72,9 +73,11 @@ class Recipe:
             RecipeError: not JSON, no list of methods, or an entry that `from_list` refuses.
         """
         try:
-            data = json.loads(text)
+            data = parse_json(text)
         except json.JSONDecodeError as error:
             raise RecipeError(f"recipe JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+        except ValueError as error:
+            raise RecipeError(f"recipe JSON: {error}") from None
         return cls._from_document(data, "recipe JSON")
 
     def to_yaml(self) -> str:
@@ -93,8 +96,11 @@ class Recipe:
         import yaml
 
         try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            data = yaml.load(text, Loader=ShallowLoader)
+            check_document(data, len(text))
+        except RecursionError:
+            raise RecipeError("recipe YAML: nested too deeply") from None
+        except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
             raise RecipeError(f"recipe YAML: {' '.join(str(error).split())}") from None
         return cls._from_document(data, "recipe YAML")
 

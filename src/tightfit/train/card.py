@@ -136,21 +136,24 @@ def write_report(run: Path, result: RunResult | None = None) -> Path:
         parts.append(_table(("", ""), figure_rows(known["result"])))
     else:
         parts.append("<p>This run is not finished.</p>")
-    losses = [(r["step"], r["loss"]) for r in rows if "loss" in r]
+    losses = _points(rows, "loss")
     parts.append(_figure("Training loss", line_plot(losses, x_label="step", y_label="loss")))
     names = dict.fromkeys(k for r in rows for k in r if k.startswith("eval_"))
     for name in names:
         if name.endswith(("_runtime", "_per_second")):
             continue
         label = name.removeprefix("eval_")
-        points = [(r["step"], r[name]) for r in rows if name in r]
-        plot = line_plot(points, x_label="step", y_label=label, dots=True)
+        plot = line_plot(_points(rows, name), x_label="step", y_label=label, dots=True)
         parts.append(_figure(f"Evaluation: {label}", plot))
     parts.append(f"<h2>Recipe file</h2><pre>{escape((run / folder.RECIPE).read_text(encoding='utf-8'))}</pre>")
     versions = ", ".join(f"{name} {value}" for name, value in known["versions"].items())
     parts.append(f"<p>tightfit {escape(known['tightfit'])}, {escape(versions)}, on {escape(known['device'])}.</p>")
     write_text(run / folder.REPORT, _page(run.name, parts))
     return run / folder.REPORT
+
+
+def _points(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(r["step"], r[name]) for r in rows if isinstance(r.get(name), int | float)]
 
 
 def table_rows(found: Comparison) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

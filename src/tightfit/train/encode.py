@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tightfit.core.documents import is_text
 from tightfit.core.errors import DataError, RecipeError
 from tightfit.train.progress import progress
 from tightfit.train.recipe_file import RecipeFile
@@ -75,7 +76,7 @@ def token_lists(rows: Rows, column: str) -> list[list[str]]:
     """A column of token lists. Raises: DataError for an empty list or a token that is no text."""
     values = rows.column(column)
     for row, value in enumerate(values):
-        if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+        if not isinstance(value, list | tuple) or not all(map(is_text, value)):
             raise DataError(f"{rows.place(row, column)}: got {type(value).__name__}, accepted is a list of texts")
         if not value:
             raise DataError(f"{rows.place(row, column)}: the list is empty")

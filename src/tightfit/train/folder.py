@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from tightfit._version import __version__
 from tightfit.core.artifacts import RECIPE_FILE, TENSOR_FILE, write_text
+from tightfit.core.documents import parse_json
 from tightfit.core.errors import ArtifactError, RecipeError
 from tightfit.train.checkpoints import drop_leftovers
 from tightfit.train.recipe_file import RecipeFile, read_recipe_file, write_recipe_file
@@ -23,6 +27,44 @@ CARD = "README.md"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 WRITTEN = (RECIPE, METRICS, RUN, CARD, REPORT, RECIPE_FILE, TENSOR_FILE)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Data(_Part):
+    fingerprint: str
+    train_rows: int
+    eval_rows: int
+    task: str
+    label_names: list[str] | None
+    num_labels: int | None
+    problem_type: str | None
+    notes: list[str]
+
+
+class _Result(_Part):
+    steps: int
+    metrics: dict[str, float]
+    train_seconds: float
+    trainable_parameters: int
+    total_parameters: int
+    measured_batch: str
+    peak_bytes: int
+    predicted_peak_bytes: int | None
+    saved_bytes: int
+
+
+class _Run(_Part):
+    """What must be in `run.json`; a later version may write more into it."""
+
+    tightfit: str
+    versions: dict[str, str]
+    device: str
+    recipe: str
+    data: _Data
+    result: _Result | None
 
 
 def check_free(file: RecipeFile, resume: bool) -> None:
@@ -140,9 +182,13 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ArtifactError(f"{folder}: no run is in this folder ({RUN} is missing); give the output of a run")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        document["data"]["fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
+        document = parse_json(path.read_text(encoding="utf-8"))
+        _Run.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        raise ArtifactError(f"{path}: {place}: {first['msg']}; the file is damaged") from None
+    except (ValueError, OSError) as error:
         raise ArtifactError(f"{path}: cannot be read ({error}); the file is damaged") from None
     return document
 
@@ -157,15 +203,15 @@ def write_result(folder: Path, result: Any) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last line that was cut off is left out."""
+    """The lines of `metrics.jsonl`; a last line that was cut off, or another that is damaged, is left out."""
     path = Path(folder) / METRICS
     rows = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                row = parse_json(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
     return rows
 
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from tightfit.core.documents import is_text
 from tightfit.core.errors import DataError, shorten
 from tightfit.train.rows import Rows
 
@@ -68,12 +69,19 @@ def regression_labels(train: Rows, held_out: Rows, column: str) -> Labels:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number and not (isinstance(value, str) and _NUMBER.match(value)):
                 raise DataError(f"{rows.place(row, column)}: got {value!r}, accepted is a number (regression)")
-            if not math.isfinite(float(value)):
-                raise DataError(f"{rows.place(row, column)}: got {value}, accepted is a finite number")
+            if not _is_finite(value):
+                raise DataError(f"{rows.place(row, column)}: got {str(value)[:40]}, accepted is a finite number")
             out.append(float(value))
         return out
 
     return Labels(None, values(train), values(held_out))
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 def class_name(value: Any, rows: Rows, row: int, column: str) -> str:
@@ -85,6 +93,8 @@ def class_name(value: Any, rows: Rows, row: int, column: str) -> str:
     if not isinstance(value, str | int | float):
         raise DataError(f"{rows.place(row, column)}: got {value!r}, accepted is a text or a number as label")
     name = str(value).strip()
+    if not is_text(name):
+        raise DataError(f"{rows.place(row, column)}: the label {name!r} is no valid Unicode")
     if not name:
         raise DataError(f"{rows.place(row, column)}: the label is empty")
     return name
@@ -96,7 +106,7 @@ def ordered(names: set[str]) -> tuple[str, ...]:
     >>> ordered({"10", "9"}), ordered({"b", "a"})
     (('9', '10'), ('a', 'b'))
     """
-    if all(_INTEGER.match(name) for name in names):
+    if all(len(name) < 4000 and _INTEGER.match(name) for name in names):  # longer ones Python does not read as numbers
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
 

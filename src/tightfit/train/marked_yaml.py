@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from tightfit.core.documents import DEPTH, FEW, ShallowLoader, check_document
 from tightfit.core.errors import RecipeError
 
 KeyPath = tuple[str | int, ...]
@@ -28,8 +29,9 @@ _SCALARS = [
 ]
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(ShallowLoader):
     yaml_implicit_resolvers: ClassVar[dict] = {}  # type: ignore[misc]
+    most = FEW  # values that a document may come to, those of its aliases each time
 
 
 class _Dumper(yaml.SafeDumper):
@@ -88,7 +90,10 @@ def _compose(text: str, name: str, places: dict[KeyPath, str], single: bool = Fa
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+        loader.most = max(len(text), FEW)
         return None if node is None else _value(loader, node, (), name, places, single, ())
+    except RecursionError:
+        raise RecipeError(f"{name}: not valid YAML: nested deeper than {DEPTH} levels") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{name}:{mark.line + 1}" if mark and not single else name
@@ -114,6 +119,10 @@ def _value(
     places.setdefault(key_path, place)
     if id(node) in parents:
         raise RecipeError(f"{place}: {'.'.join(map(str, key_path))}: an alias that contains itself")
+    if len(parents) > DEPTH:
+        raise RecipeError(f"{place}: nested deeper than {DEPTH} levels")
+    if len(places) > loader.most:
+        raise RecipeError(f"{place}: aliases that repeat each other, to more values than can be read")
     parents = (*parents, id(node))
     if isinstance(node, yaml.SequenceNode):
         return [
@@ -121,7 +130,9 @@ def _value(
         ]
     if not isinstance(node, yaml.MappingNode):
         try:
-            return loader.construct_object(node, deep=True)
+            value = loader.construct_object(node, deep=True)
+            check_document(value, 0)
+            return value
         except (yaml.YAMLError, ValueError) as error:
             reason = getattr(error, "problem", None) or error
             raise RecipeError(f"{place}: {'.'.join(map(str, key_path))}: {reason}") from None

@@ -6,10 +6,9 @@ punctuation and English articles, the best over the given answers; for languages
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 import string
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from tightfit.core.documents import is_text, parse_json
 from tightfit.core.errors import DataError
 from tightfit.train.encode import build_dataset, check_fast, fingerprint
 from tightfit.train.recipe_file import is_local
-from tightfit.train.rows import Rows
+from tightfit.train.rows import Rows, opened
 from tightfit.train.sources import read_sources, split_off
 
 if TYPE_CHECKING:
@@ -197,18 +197,23 @@ def is_squad(name: str) -> bool:
     """Whether a local JSON file has the nested SQuAD shape."""
     if not is_local(name) or not re.search(r"\.json(\.gz)?$", name) or not Path(name).expanduser().is_file():
         return False
-    with _opened(name) as file:
-        return bool(re.match(rb"\s*\{", file.read(64)))
+    try:
+        with opened(Path(name).expanduser()) as file:
+            return bool(re.match(rb"\s*\{", file.read(64)))
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{name}: cannot be read: {error}") from None
 
 
 def read_squad(name: str) -> list[Question]:
     """Read SQuAD v1.1 or v2.0 JSON, every answer checked against its context. Raises: DataError."""
     try:
-        with _opened(name) as file:
-            content = json.loads(file.read().decode("utf-8"))
+        with opened(Path(name).expanduser()) as file:
+            content = parse_json(file.read().decode("utf-8"))
     except FileNotFoundError:
         raise DataError(f"{name}: no such data file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, EOFError, OSError) as error:
+    except DataError:
+        raise
+    except (ValueError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{name}: not a readable SQuAD JSON file: {error}") from None
     found: list[Question] = []
     try:
@@ -220,7 +225,7 @@ def read_squad(name: str) -> list[Question]:
                     starts = tuple(a["answer_start"] for a in answers)
                     question = Question(str(item["id"]), item["question"], paragraph["context"], texts, starts)
                     found.append(_checked(question, f"{name}, question {item['id']!r}"))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{name}: not in the SQuAD shape data / paragraphs / context, qas: {error} missing") from None
     if not found:
         raise DataError(f"{name}: the file holds no questions")
@@ -234,21 +239,21 @@ def _from_rows(rows: Rows) -> list[Question]:
         place = rows.place(row, "answers")
         if not isinstance(answer, dict) or {"text", "answer_start"} - set(answer):
             raise DataError(f"{place}: got {type(answer).__name__}, accepted is an object with text and answer_start")
-        question = Question(
-            str(row), questions[row], contexts[row], tuple(answer["text"]), tuple(answer["answer_start"])
-        )
-        found.append(_checked(question, place))
+        texts, starts = answer["text"], answer["answer_start"]
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise DataError(f"{place}: text and answer_start must be lists of one length")
+        found.append(_checked(Question(str(row), questions[row], contexts[row], tuple(texts), tuple(starts)), place))
     return found
 
 
 def _checked(question: Question, place: str) -> Question:
+    for field in (question.question, question.context, *question.answers):
+        if not is_text(field):
+            raise DataError(f"{place}: got {field!r}, accepted is text")
     for text, start in zip(question.answers, question.starts, strict=True):
+        if isinstance(start, bool) or not isinstance(start, int):
+            raise DataError(f"{place}: answer_start is {start!r}, accepted is a whole number")
         there = question.context[start : start + len(text)]
         if there != text or not text:
             raise DataError(f"{place}: the answer {text!r} is not at character {start} of the context, {there!r} is")
     return question
-
-
-def _opened(name: str) -> Any:
-    path = Path(name).expanduser()
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")

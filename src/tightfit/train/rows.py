@@ -18,11 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from tightfit.core.documents import is_text
 from tightfit.core.errors import DataError
 from tightfit.core.fields import near
 
 FORMATS = ("tsv", "csv", "jsonl", "json", "parquet", "conll", "txt")
 _LONGEST_FIELD = 2**31 - 1
+_UNPACKED_BYTES, _UNPACKED_RATIO = 2**28, 300
+"""What a small archive may come to, and a large one as a multiple of its size."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Rows:
         for row, value in enumerate(values):
             if not isinstance(value, str):
                 raise DataError(f"{self.place(row, name)}: got {_brief(value)}, accepted is text")
+            if not is_text(value):
+                raise DataError(f"{self.place(row, name)}: {_brief(value)} is no valid Unicode")
             if not value or value.isspace():
                 raise DataError(f"{self.place(row, name)}: the text is empty")
         return values
@@ -109,8 +114,10 @@ def read_rows(
         raise DataError(f"{source}: no such data file{near(path.name, beside)}")
     if path.is_dir():
         raise DataError(f"{source}: is a folder, accepted is a file ({', '.join(FORMATS)}, or .gz of these)")
+    if not path.is_file():
+        raise DataError(f"{source}: is no regular file, accepted is a file ({', '.join(FORMATS)}, or .gz of these)")
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             if kind == "parquet":
                 rows = _read_parquet(file, source, limit)
             else:
@@ -138,15 +145,37 @@ def file_format(path: Path) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file's bytes, unpacked where they are a gzip archive."""
     with open(path, "rb") as raw:
         zipped = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         if zipped:
             with gzip.open(raw, "rb") as file:
-                yield file  # type: ignore[misc]
+                most = max(_UNPACKED_BYTES, _UNPACKED_RATIO * path.stat().st_size)
+                yield io.BufferedReader(_Limited(file, str(path), most), 2**20)
         else:
             yield raw
+
+
+class _Limited(io.RawIOBase):
+    """An unpacked archive, up to a number of bytes."""
+
+    def __init__(self, file: gzip.GzipFile, source: str, most: int):
+        self.file, self.source, self.most, self.left = file, source, most, most
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self.file.readinto(buffer)
+        self.left -= count
+        if self.left < 0:
+            raise DataError(
+                f"{self.source}: unpacks to more than {self.most:,} bytes, {_UNPACKED_RATIO} times its size, which no "
+                f"text does; unpack it if it is what it should be"
+            )
+        return count
 
 
 def _lines(file: IO[bytes], source: str) -> Iterator[str]:
@@ -276,7 +305,7 @@ def _read_jsonl(lines: Iterator[str], source: str, columns: Sequence[str] | None
                 raise DataError(
                     f"{source}, line {number}: not valid JSON: {error.msg} at column {error.colno}"
                 ) from None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{source}, line {number}: {error}") from None
 
     return _objects(objects(), source, limit)
@@ -306,7 +335,7 @@ def _read_json(lines: Iterator[str], source: str, columns: Sequence[str] | None,
                 raise DataError(
                     f"{source}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}"
                 ) from None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{source}, line {number}: {error}") from None
             yield number, item
             at = skip(at)
@@ -363,17 +392,22 @@ def _read_parquet(file: IO[bytes], source: str, limit: int | None) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
+    content = file.read()
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(file.read()))
-    except pyarrow.ArrowException as error:
+        opened = pyarrow.parquet.ParquetFile(io.BytesIO(content))
+        if opened.metadata.num_rows > max(_UNPACKED_BYTES, _UNPACKED_RATIO * len(content)):
+            raise ValueError(f"it claims {opened.metadata.num_rows:,} rows in {len(content):,} bytes")
+        table = opened.read()
+        table = table if limit is None else table.slice(0, limit)
+        columns = table.to_pydict() if len(set(table.column_names)) == table.num_columns else {}
+    except (pyarrow.ArrowException, ValueError, OverflowError, TypeError) as error:
         raise DataError(f"{source}: not a readable parquet file: {' '.join(str(error).split())[:200]}") from None
-    table = table if limit is None else table.slice(0, limit)
     if not table.num_rows:
         raise DataError(f"{source}: the file has columns ({', '.join(table.column_names)}) but no rows")
     twice = [name for name, count in Counter(table.column_names).items() if count > 1]
     if twice:
         raise DataError(f"{source}: column {twice[0]!r} is named twice")
-    return Rows(source, table.to_pydict(), range(1, table.num_rows + 1), unit="row")
+    return Rows(source, columns, range(1, table.num_rows + 1), unit="row")
 
 
 _READERS = {
