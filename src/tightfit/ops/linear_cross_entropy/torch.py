@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tightfit.ops.autograd import autocast_dtype
+from tightfit.ops.linear_cross_entropy.blocks import How, block_of, cap_slope_, capped_, exp_below
 from tightfit.ops.linear_cross_entropy.reference import LOW_PRECISION, HeadLoss, check_settings, check_tensors
 
 BLOCK_BYTES = 16 * 2**20
@@ -105,7 +106,7 @@ def linear_cross_entropy(
         frozen_weight=None if frozen_weight is None else frozen_weight.detach(),
         frozen_bias=None if frozen_bias is None else frozen_bias.detach(),
     )
-    how = _How(
+    how = How(
         compute_dtype=autocast_dtype(hidden.device.type) or hidden.dtype,
         chunk_tokens=chunk_tokens or block_tokens(weight.shape[0]),
         scale=float(scale),
@@ -136,15 +137,6 @@ class _Tensors(NamedTuple):
     target: Tensor  # (N,)
     frozen_weight: Tensor | None  # (D, d)
     frozen_bias: Tensor | None  # (D,)
-
-
-class _How(NamedTuple):
-    compute_dtype: torch.dtype
-    chunk_tokens: int
-    scale: float
-    softcap: float | None
-    ignore_index: int
-    label_smoothing: float
 
 
 class _Wanted(NamedTuple):
@@ -196,7 +188,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunked(
-    tensors: _Tensors, how: _How, wanted: _Wanted, token_factor: Tensor | None = None
+    tensors: _Tensors, how: How, wanted: _Wanted, token_factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """Losses (N,), frozen mass (N,), and the wanted gradients of `sum(token_factor * losses)`.
 
@@ -207,7 +199,7 @@ def _chunked(
         weight = tensors.weight.to(how.compute_dtype)
         bias = None if tensors.bias is None else tensors.bias.to(how.compute_dtype)
         kept, rows = weight.shape[0], _all_rows(tensors)
-        smooth, sum_dtype = how.label_smoothing, _sum_dtype(how)
+        smooth, sum_dtype = how.label_smoothing, how.sum_dtype
 
         valid = target != how.ignore_index
         factor = valid.to(sum_dtype) * how.scale
@@ -221,22 +213,21 @@ def _chunked(
         frozen = _frozen_half(tensors, how, wanted.hidden)
 
         for part in _parts(hidden.shape[0], how.chunk_tokens):
-            logits = probs = d_logits = None  # before the next block, or two are alive at once
+            block = d_logits = None  # before the next block, or two are alive at once
             inputs = hidden[part].to(how.compute_dtype)
-            logits = _logits(inputs, weight, bias, how)  # (chunk, K)
+            block = block_of(F.linear(inputs, weight, bias), how, bias_gradient=d_bias is not None)  # (chunk, K)
             here = valid[part] & (target[part] < kept)
             index = torch.where(here, target[part], 0).unsqueeze(1)
-            target_logit = torch.where(here, logits.gather(1, index).squeeze(1), 0)
-            logit_sum = logits.sum(dim=1) if smooth else target_logit  # unused without smoothing
-            top = logits.amax(dim=1)
+            target_logit = torch.where(here, block.at(index), 0)
+            logit_sum = block.sum() if smooth else target_logit  # unused without smoothing
+            top = block.largest()
             if frozen is not None:
                 top = torch.maximum(top, frozen.top[part])
                 target_logit += frozen.target_logit[part]
                 if smooth:
                     logit_sum += frozen.logit_sum[part]
 
-            probs = _exp_below(logits, top, how)
-            total = probs.sum(dim=1)
+            total = block.total(top)
             if frozen is not None:
                 frozen_scale = torch.exp(frozen.top[part] - top)
                 frozen_total = frozen.total[part] * frozen_scale
@@ -250,12 +241,7 @@ def _chunked(
             if not any(wanted):
                 continue
 
-            d_logits = probs.div_(total.unsqueeze(1))
-            d_logits.scatter_add_(1, index, here.to(sum_dtype).mul_(smooth - 1).unsqueeze(1))
-            if smooth:
-                d_logits.sub_(smooth / rows)
-            if how.softcap:
-                d_logits.mul_(_cap_slope(logits, how.softcap))
+            d_logits = block.gradient(top, total, index, here, rows)
             token = factor[part].unsqueeze(1)  # multiplied into (chunk, d), not into (chunk, K)
             if d_bias is not None:
                 d_bias.addmv_(d_logits.t(), factor[part])
@@ -281,13 +267,13 @@ class _FrozenHalf(NamedTuple):
     direct: Tensor  # of the same shape: sum of (smoothed target) * dz/dh, without `scale`
 
 
-def _frozen_half(tensors: _Tensors, how: _How, want_grad: bool) -> _FrozenHalf | None:
+def _frozen_half(tensors: _Tensors, how: How, want_grad: bool) -> _FrozenHalf | None:
     hidden, weight, _, target, frozen_weight, frozen_bias = tensors
     if frozen_weight is None:
         return None
     target = target - weight.shape[0]
     tokens, width = hidden.shape
-    smooth, sum_dtype = how.label_smoothing, _sum_dtype(how)
+    smooth, sum_dtype = how.label_smoothing, how.sum_dtype
     top = hidden.new_full((tokens,), -torch.inf, dtype=sum_dtype)
     total, target_logit, logit_sum = (torch.zeros_like(top) for _ in range(3))
     pull, direct = (hidden.new_zeros(tokens if want_grad else 0, width, dtype=sum_dtype) for _ in range(2))
@@ -298,7 +284,8 @@ def _frozen_half(tensors: _Tensors, how: _How, want_grad: bool) -> _FrozenHalf |
         bias = None if frozen_bias is None else _fetched(frozen_bias[rows], hidden.device, how)
         for part in _parts(tokens, chunk):
             logits = probs = slope = None  # before the next block, or two are alive at once
-            logits = _logits(hidden[part].to(how.compute_dtype), block, bias, how)  # (chunk, rows)
+            # (chunk, rows)
+            logits = capped_(F.linear(hidden[part].to(how.compute_dtype), block, bias).to(sum_dtype), how)
             here = (target[part] >= rows.start) & (target[part] < rows.stop)
             index = torch.where(here, target[part] - rows.start, 0)
             picked = logits.gather(1, index.unsqueeze(1)).squeeze(1)
@@ -308,15 +295,15 @@ def _frozen_half(tensors: _Tensors, how: _How, want_grad: bool) -> _FrozenHalf |
             new_top = torch.maximum(top[part], logits.amax(dim=1))
             rescale = torch.exp(top[part] - new_top)
             top[part] = new_top
-            probs = _exp_below(logits, new_top, how)
+            probs = exp_below(logits, new_top, how)
             total[part] = total[part] * rescale + probs.sum(dim=1)
             if not want_grad:
                 continue
 
             share = here.to(sum_dtype).mul_(1 - smooth)
             if how.softcap:
-                share *= _cap_slope(picked, how.softcap)
-                slope = _cap_slope(logits, how.softcap)
+                share *= cap_slope_(picked, how.softcap)
+                slope = cap_slope_(logits, how.softcap)
                 probs *= slope
             pull[part] = pull[part] * rescale.unsqueeze(1) + probs.to(how.compute_dtype) @ block
             direct[part] += share.unsqueeze(1) * block.index_select(0, index)
@@ -335,32 +322,8 @@ def _all_rows(tensors: _Tensors) -> int:
     return tensors.weight.shape[0] + frozen
 
 
-def _sum_dtype(how: _How) -> torch.dtype:
-    return torch.float32 if how.compute_dtype in LOW_PRECISION else how.compute_dtype
-
-
-def _fetched(rows: Tensor, device: torch.device, how: _How) -> Tensor:
+def _fetched(rows: Tensor, device: torch.device, how: How) -> Tensor:
     return rows.to(device, non_blocking=True).to(how.compute_dtype)
-
-
-def _logits(inputs: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
-    logits = F.linear(inputs, weight, bias).to(_sum_dtype(how))
-    if how.scale != 1.0:
-        logits.mul_(how.scale)
-    if how.softcap:
-        logits.div_(how.softcap).tanh_().mul_(how.softcap)
-    return logits
-
-
-def _exp_below(logits: Tensor, top: Tensor, how: _How) -> Tensor:
-    """exp(logits - top), in place of the logits unless a softcap needs them again for its slope."""
-    top = top.unsqueeze(1)
-    return (logits - top if how.softcap else logits.sub_(top)).exp_()
-
-
-def _cap_slope(capped: Tensor, softcap: float) -> Tensor:
-    """Derivative of cap(z) from its value, 1 - tanh squared; overwrites the value."""
-    return capped.div_(softcap).square_().neg_().add_(1)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
