@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tightfit.ops import kernels
 from tightfit.ops.autograd import refuse_second_derivative
 from tightfit.ops.bits import pack, unpack
 from tightfit.ops.source import Rebuild, attach, source_of
@@ -41,7 +42,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 def _behind(before: Rebuild, p: float, shape: torch.Size, dtype: torch.dtype):
     def make(packed: Tensor, *kept: Tensor) -> Tensor:
-        return before.make(kept, None).view(shape) * _noise(packed, p, shape, dtype)
+        return _times_noise(before.make(kept, None).view(shape), packed, p, dtype)
 
     return make
 
@@ -50,15 +51,35 @@ def noise_like(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """What dropout multiplies with (0 or 1 / (1 - p)), drawn as torch draws it, and its mask as bits."""
     if x.is_cuda:
         ones, kept = torch.ops.aten.native_dropout(torch.ones_like(x), p, True)
-        return ones, pack(kept)
+        return ones, _packed(kept)
     noise = torch.empty_like(x).bernoulli_(1 - p)
-    packed = pack(noise.bool())
+    packed = _packed(noise.bool())
     return noise.div_(1 - p), packed
 
 
+def _packed(mask: Tensor) -> Tensor:
+    if kernels.use(mask):
+        from tightfit.ops.dropout import triton
+
+        return triton.pack(mask)
+    return pack(mask)
+
+
+def _times_noise(x: Tensor, packed: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    if x.dtype == dtype and kernels.use(x, packed) and dtype in kernels.HALVES:
+        from tightfit.ops.dropout import triton
+
+        return triton.times_noise(x, packed, _kept_scale(packed, p, dtype))
+    return x * _noise(packed, p, x.shape, dtype)
+
+
+def _kept_scale(packed: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    """1 / (1 - p) rounded as stock rounds it."""
+    return torch.ones((), dtype=dtype, device=packed.device).div_(1 - p)
+
+
 def _noise(packed: Tensor, p: float, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    scale = torch.ones((), dtype=dtype, device=packed.device).div_(1 - p)  # rounded as stock rounds it
-    return unpack(packed, shape.numel(), scale).view(shape)
+    return unpack(packed, shape.numel(), _kept_scale(packed, p, dtype)).view(shape)
 
 
 class _Dropout(torch.autograd.Function):
@@ -74,4 +95,4 @@ class _Dropout(torch.autograd.Function):
     def backward(ctx, grad, _):
         refuse_second_derivative("dropout")
         (packed,) = ctx.saved_tensors
-        return grad * _noise(packed, ctx.p, grad.shape, grad.dtype), None
+        return _times_noise(grad, packed, ctx.p, grad.dtype), None
