@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 class StepReports(TrainerCallback):
     """Adds figures of the step to what the Trainer logs with its loss.
 
-    `peak_bytes` and `saved_bytes` are those of `tightfit.measure`, of the step that is logged: on a GPU the allocator's
-    own maximum, on the CPU a profile of that one step. `tokens_per_second` (`rows_per_second` for images) is over the
-    steps since the last log, padding included; loading of data, evaluation and saving are left out, and, where there
-    are others, the profiled step.
+    `peak_bytes` and `saved_bytes` are those of `tightfit.measure`, of the step that is logged (of an epoch's first,
+    where epochs are logged): on a GPU the allocator's own maximum, on the CPU a profile of that one step.
+    `tokens_per_second` (`rows_per_second` for images) is over the steps since the last log, padding included; loading
+    of data, evaluation and saving are left out, and, where there are others, the profiled step.
 
     Args:
         applied: the recipe whose model is trained.
@@ -40,7 +40,7 @@ class StepReports(TrainerCallback):
         self._figures: dict[str, int] = {}
         self._plain, self._sampled = _Pace(), _Pace()
         self._sampling = self._epoch_begun = False
-        self._started = 0.0
+        self._started: float | None = None
         self._depth = self._input_bytes = 0
         self._saved: dict[int, int] | None = None
         self._packing: Any = None
@@ -80,12 +80,12 @@ class StepReports(TrainerCallback):
         self._started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args is None or not self._started:
+        if args is None or self._started is None:
             return
         if self._sampling and args.device.type == "cuda":
             torch.cuda.synchronize(args.device)
         (self._sampled if self._sampling else self._plain).end(time.perf_counter() - self._started)
-        self._started = 0.0
+        self._started = None
         if self._sampling:
             self._end_sample(args)
 
@@ -99,7 +99,7 @@ class StepReports(TrainerCallback):
         logs.update(found)
         if state.log_history and "loss" in state.log_history[-1]:
             state.log_history[-1].update(found)
-        self._figures, self._plain, self._sampled = {}, _Pace(), _Pace()
+        self._plain, self._sampled = _Pace(), _Pace()
 
     def on_train_end(self, args, state, control, **kwargs):
         self._close()
@@ -163,7 +163,7 @@ class StepReports(TrainerCallback):
     def before_forward(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Count what comes in; in a sampled step's first forward, watch what is kept."""
         self._depth += 1
-        if self._depth > 1 or not (self._started and model.training):
+        if self._depth > 1 or self._started is None or not model.training:
             return
         inputs = [*args, *kwargs.values()]
         (self._sampled if self._sampling else self._plain).add(inputs[:1] if args else [], kwargs)
