@@ -11,10 +11,12 @@ HERE = Path(__file__).parent
 FILES = sorted(str(path) for path in HERE.glob("test_triton_*.py") if path.name != Path(__file__).name)
 
 
-def test_all_kernels_in_the_interpreter():
+@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_all_kernels_in_the_interpreter(chosen):
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not slow", *FILES]
+    only = ["-m", f"{chosen} and not gpu"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *only, *FILES]
     done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
