@@ -42,7 +42,8 @@ class Command:
         """(exit code, or minus the signal; what it wrote)."""
         self._server.send({"wait": self.pid})
         status = self._server.receive()["status"]
-        return os.waitstatus_to_exitcode(status), self.log.read_text()
+        said = self.log.read_text() if self.log.exists() else ""  # killed before its first instruction
+        return os.waitstatus_to_exitcode(status), said
 
 
 class Server:

@@ -145,7 +145,14 @@ def test_with_the_users_own_profile(tmp_path):
     assert "saved_bytes" in collected.logs[0] and "peak_bytes" not in collected.logs[0]
 
 
-def test_images_have_rows(tmp_path):
+def test_a_plan_that_is_none():
+    applied = tightfit.apply(model_of(), None)
+    for wrong in ("8GiB", True, 1.5):
+        with pytest.raises(TypeError, match=r"callback\(plan=\.\.\.\): got .*accepted is a Plan"):
+            applied.callback(wrong)
+
+
+def test_images_have_rows():
     reports = StepReports(tightfit.apply(model_of(), None))
     pace = reports._plain
     pace.add([], {"pixel_values": torch.ones(3, 3, 4, 4), "labels": torch.ones(3)})

@@ -1,7 +1,9 @@
 import gc
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -13,8 +15,9 @@ from safetensors.torch import load_file
 
 from tightfit.core.errors import ArtifactError, RecipeError, TrainingError
 from tightfit.train import callbacks, checkpoints, trainer
-from tightfit.train.folder import read_metrics
+from tightfit.train.folder import read_metrics, read_run
 from tightfit.train.run import train
+from tightfit.train.stopping import StopRequest, Terminated
 
 
 class Killed(Exception):
@@ -210,6 +213,85 @@ def test_random_states_go_through_json():
     drawn = [torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random()]]
     checkpoints.set_random_state(state)
     assert drawn == [torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random()]]
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "settings"),
+    [
+        (signal.SIGTERM, 4, {"eval_every": 2, "save_every": 4}),
+        (signal.SIGINT, 3, {"eval_every": 3, "save_every": 4}),
+        (signal.SIGTERM, 5, {}),
+        (signal.SIGINT, 10, {}),
+    ],
+)
+def test_a_signal_during_an_evaluation(folder, tmp_path, monkeypatch, number, step, settings):
+    whole = train(recipe_file(folder, [], tmp_path / "whole", **settings))
+    file = recipe_file(folder, [], tmp_path / "cut", **settings)
+    real = trainer.RunTrainer.prediction_step
+
+    def interrupt(self, *args, **kwargs):
+        if self.state.global_step == step:
+            os.kill(os.getpid(), number)
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.RunTrainer, "prediction_step", interrupt)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            train(file)
+    assert getattr(stopped.value, "exit_code", 130) == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert checkpoints.checkpoints(tmp_path / "cut" / "checkpoints")[-1].name == f"checkpoint-{step}"
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    cut = train(file, resume=True)
+    assert same(weights(whole.output), weights(cut.output)) and cut.metrics == whole.metrics
+    evals = [[r for r in read_metrics(tmp_path / n) if "eval_loss" in r] for n in ("whole", "cut")]
+    assert [(r["step"], r["eval_loss"]) for r in evals[0]] == [(r["step"], r["eval_loss"]) for r in evals[1]]
+
+
+def test_ctrl_c_twice_stops_at_once(folder, tmp_path, monkeypatch):
+    real = trainer.RunTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        for _ in range(2 if self.state.global_step == 2 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.RunTrainer, "training_step", step)
+    heard = []
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe_file(folder, [], tmp_path / "run", save_every=2), echo=heard.append)
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run" / "checkpoints")] == ["checkpoint-2"]
+    assert "stopping after this step; press Ctrl-C again to stop at once" in heard
+
+
+def test_processes_agree_on_the_step_to_stop_after(monkeypatch):
+    """One is told in the middle of a step, the other is not; a signal that comes meanwhile waits for the next step."""
+    asked, seen = StopRequest(), []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+
+    def all_reduce(tensor, op):
+        seen.append(int(tensor))
+        asked.receive(signal.SIGTERM)  # too late for this one
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    assert asked.agree(torch.device("cpu")) is False and asked
+    assert asked.agree(torch.device("cpu")) is True and seen == [0, signal.SIGTERM]
+    assert isinstance(asked.error(), Terminated)
+    assert not asked.receive(signal.SIGTERM) and not asked.receive(signal.SIGINT)
+
+
+@pytest.mark.parametrize("left", [["run.json"], ["run.json", ".recipe.yaml.abc"], [".run.json.abc"]])
+def test_a_run_killed_before_its_recipe_file_begins_again(folder, tmp_path, left):
+    known = read_run(train(recipe_file(folder, [], tmp_path / "one", max_steps=1)).output)
+    file = recipe_file(folder, [], tmp_path / "run", max_steps=1)
+    file.output.mkdir()
+    for name in left:
+        (file.output / name).write_text(json.dumps({**known, "result": None}))
+    assert train(file, resume=True).steps == 1
+    assert not [p for p in file.output.iterdir() if p.name.startswith(".")]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "run.json.txt").write_text("")
+    with pytest.raises(RecipeError, match="no run folder"):
+        train(recipe_file(folder, [], tmp_path / "other"), resume=True)
 
 
 PROCESS = """

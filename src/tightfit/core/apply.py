@@ -6,7 +6,7 @@ import dataclasses
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from tightfit.core.parameter import is_sharded
 from tightfit.core.recipe import Recipe, as_recipe
 from tightfit.core.tight import is_tight
 from tightfit.core.transform import Context, Transform
+
+if TYPE_CHECKING:
+    from tightfit.core.plan import Plan
 
 PartT = TypeVar("PartT", bound=Part)
 
@@ -217,12 +220,21 @@ class Applied:
             part.optimizer_made(optimizer)
         return optimizer
 
-    def callback(self):
-        """A `transformers.TrainerCallback` for the Trainer; a no-op where the recipe needs none."""
+    def callback(self, plan: Plan | int | None = None):
+        """A `transformers.TrainerCallback` for the Trainer.
+
+        What a method needs of the Trainer's events reaches it, and what is logged with the loss gets figures of the
+        step: `peak_bytes`, `saved_bytes`, `tokens_per_second`, and `predicted_peak_bytes` where a plan is given.
+        """
         self._require_live("callback")
         from tightfit.core.callback import RecipeCallback
+        from tightfit.core.reports import StepReports
 
-        return RecipeCallback(self, [c for part in self.parts if (c := part.callback()) is not None])
+        predicted: Any = getattr(plan, "peak_bytes", None) or plan
+        if predicted is not None and (isinstance(predicted, bool) or not isinstance(predicted, int)):
+            raise TypeError(f"callback(plan=...): got {plan!r}, accepted is a Plan or its peak in bytes")
+        reports = StepReports(self, predicted)
+        return RecipeCallback(self, [*(c for part in self.parts if (c := part.callback()) is not None), reports])
 
     # -- leaving -----------------------------------------------------------------------------------------------
 

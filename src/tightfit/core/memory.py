@@ -128,10 +128,15 @@ running_profiles: list[Any] = []
 """Profiles that a context manager cannot end, because they span events of a trainer."""
 
 
+def end_left_profiles() -> None:
+    """End the profiles of steps that have raised."""
+    while running_profiles:
+        running_profiles.pop().__exit__(None, None, None)
+
+
 def allocation_profile():
     """A torch profiler that records the CPU allocator's events and writes nothing to stderr."""
-    while running_profiles:  # its step has raised; torch allows one profile at a time
-        running_profiles.pop().__exit__(None, None, None)
+    end_left_profiles()  # torch allows one at a time
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read by its C++ side when the first profile starts
     from torch.profiler import ProfilerActivity, profile
 

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
@@ -15,7 +15,11 @@ from transformers.trainer_callback import TrainerState
 from tightfit.core.plan import mib
 from tightfit.train.stopping import StopRequest
 
+if TYPE_CHECKING:
+    from tightfit.train.recipe_file import TrainSection
+
 NOT_LOGGED = ("total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+NOT_LOGGED += ("eval_model_preparation_time",)
 """Figures of this process alone, which a run that was resumed has several of."""
 
 
@@ -101,6 +105,23 @@ def logged_line(values: dict[str, Any]) -> str:
 
 def _epoch_is_over(state: TrainerState) -> bool:
     return state.epoch is not None and float(state.epoch).is_integer()
+
+
+def scores_at(state: Any) -> dict[str, float] | None:
+    """The scores of an evaluation at a state's step, where there was one."""
+    for entry in reversed(state.log_history):
+        if "eval_loss" in entry and entry.get("step") == state.global_step:
+            return entry
+    return None
+
+
+def evaluation_is_due(state: Any, section: TrainSection) -> bool:
+    """Whether a run was stopped at a step before, or in the middle of, the evaluation that belongs to it."""
+    if section.eval_every:
+        due = state.global_step % section.eval_every == 0
+    else:
+        due = float(state.epoch or 0.5).is_integer()
+    return due and scores_at(state) is None
 
 
 class ProgressBar(TrainerCallback):

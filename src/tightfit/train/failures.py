@@ -64,6 +64,15 @@ def no_space(folder: Path, what: str, needed: int | None = None) -> TrainingErro
     )
 
 
+def unwritten(error: BaseException | None) -> str:
+    """Which file of a run there was no space for."""
+    while error is not None:
+        if isinstance(error, OSError) and error.filename:
+            return str(error.filename)
+        error = error.__cause__ or error.__context__
+    return "a file of the run"
+
+
 # -- memory -----------------------------------------------------------------------------------------------------
 
 

@@ -15,12 +15,13 @@ import torch
 from tightfit.core.apply import Applied, apply
 from tightfit.core.artifacts import load, replacing_folder
 from tightfit.core.errors import ConflictError, RecipeError, SimulationError, TrainingError
+from tightfit.core.memory import end_left_profiles
 from tightfit.core.plan import Plan, plan
 from tightfit.core.recipe import Recipe
 from tightfit.core.skeleton import skeleton
 from tightfit.train import checkpoints, folder
 from tightfit.train.data import TaskData, load_data, longest_batch
-from tightfit.train.failures import is_no_space, is_out_of_memory, no_space, out_of_memory
+from tightfit.train.failures import is_no_space, is_out_of_memory, no_space, out_of_memory, unwritten
 from tightfit.train.stopping import StopRequest, stopping_on_signals
 from tightfit.train.tasks import build_model, build_tokenizer, model_path, primary_metric
 
@@ -203,7 +204,7 @@ def train(
         result = _run(file, prepared, applied, last, predicted, stop, echo)
     except Exception as error:
         if is_no_space(error) and not isinstance(error, TrainingError):
-            raise no_space(file.output, _unwritten(error)) from error
+            raise no_space(file.output, unwritten(error)) from error
         if not is_out_of_memory(error) or _is_one_of_several():
             raise
         del applied, model  # their memory is needed to look for another recipe
@@ -224,7 +225,7 @@ def _run(
     echo: Echo,
 ) -> RunResult | None:
     from tightfit.train.bench import measure_applied
-    from tightfit.train.callbacks import EvaluationStopped, ProgressBar, RunCallback
+    from tightfit.train.callbacks import EvaluationStopped, ProgressBar, RunCallback, evaluation_is_due, scores_at
     from tightfit.train.card import write_card, write_report
     from tightfit.train.trainer import build_trainer, trainer_state
 
@@ -243,11 +244,12 @@ def _run(
                 trainer.args.eval_on_start = last is not None and evaluation_is_due(trainer_state(last), file.train)
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
             if not stop:
-                scores = _last_scores(trainer) or trainer.evaluate()
+                scores = scores_at(trainer.state) or trainer.evaluate()
     except EvaluationStopped:
         pass
     finally:
         bar.close()
+        end_left_profiles()
     if scores is None or stop:
         echo(f"stopped at step {trainer.state.global_step}; go on with --resume")
         return None
@@ -334,29 +336,8 @@ def _stored(file: RecipeFile, values: dict[str, Any]) -> RunResult:
     return RunResult(output=file.output, recipe=Recipe.from_list(_methods(file.output)), **values)
 
 
-def _last_scores(trainer: Any) -> dict[str, float] | None:
-    """The scores of an evaluation at the last step, when there was one."""
-    return _scores_at(trainer.state)
-
-
-def _scores_at(state: Any) -> dict[str, float] | None:
-    for entry in reversed(state.log_history):
-        if "eval_loss" in entry and entry.get("step") == state.global_step:
-            return entry
-    return None
-
-
-def evaluation_is_due(state: Any, section: TrainSection) -> bool:
-    """Whether a run was stopped at a step before, or in the middle of, the evaluation that belongs to it."""
-    if section.eval_every:
-        due = state.global_step % section.eval_every == 0
-    else:
-        due = float(state.epoch or 0.5).is_integer()
-    return due and _scores_at(state) is None
-
-
 def _is_score(key: str) -> bool:
-    return key.startswith("eval_") and not key.endswith(("_runtime", "_per_second"))
+    return key.startswith("eval_") and not key.endswith(("_runtime", "_per_second", "_preparation_time"))
 
 
 def _shape(batch: dict[str, Any]) -> str:
@@ -387,12 +368,3 @@ def _in_turn(action: Callable[[], None]) -> None:
 
 def _is_one_of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def _unwritten(error: BaseException | None) -> str:
-    """Which file of a run there was no space for."""
-    while error is not None:
-        if isinstance(error, OSError) and error.filename:
-            return str(error.filename)
-        error = error.__cause__ or error.__context__
-    return "a file of the run"
