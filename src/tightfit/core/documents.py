@@ -9,7 +9,7 @@ import yaml
 
 DEPTH = 64
 FEW = 100_000
-LARGEST = 2**64
+LARGEST = 10**300
 
 
 def parse_json(text: str) -> Any:
@@ -48,7 +48,7 @@ def check_document(value: Any, length: int) -> None:
 
     Raises:
         ValueError: more values than the text has characters (and than 100,000), more than 64 levels, a whole number
-            of more than 64 bits, or a text that is no valid Unicode.
+            of more than 300 digits, or a text that is no valid Unicode.
     """
     left = max(length, FEW)
     waiting = [(value, 0)]
@@ -62,7 +62,7 @@ def check_document(value: Any, length: int) -> None:
                 raise ValueError(f"a text that is no valid Unicode: {item[:20]!r}")
         elif isinstance(item, int):
             if not -LARGEST <= item <= LARGEST:
-                raise ValueError("a whole number of more than 64 bits")
+                raise ValueError("a whole number of more than 300 digits")
         elif isinstance(item, dict | list | tuple | set | frozenset):
             if depth == DEPTH:
                 raise ValueError(f"nested deeper than {DEPTH} levels")
