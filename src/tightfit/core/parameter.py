@@ -124,6 +124,24 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return type(tensor).__name__ == "DTensor" or type(tensor.data).__name__ == "DTensor"
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in full where it is sharded, gathered from all processes; else itself."""
+    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors in full; what was one memory (tied weights) is one tensor again."""
+    found: dict[tuple, torch.Tensor] = {}
+    out = {}
+    for name, tensor in tensors.items():
+        if is_sharded(tensor):
+            local = tensor.detach().to_local()  # type: ignore[attr-defined]
+            key = (hfmodel.storage_key(local), local.storage_offset(), tensor.shape)
+            tensor = found[key] if key in found else found.setdefault(key, whole(tensor))
+        out[name] = tensor
+    return out
+
+
 class ParameterHandle(Handle):
     """A stand-in in the place of a stock tensor, which stays aside as an object and comes back on undo."""
 

@@ -16,6 +16,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def wait() -> None:
+    """Until every process has come here."""
+    if count() > 1:
+        dist.barrier()
+
+
 def is_fsdp(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on this very module."""
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)

@@ -102,7 +102,7 @@ class SideNet(nn.Module):
                 nn.init.zeros_(self.up.weight)
                 nn.init.zeros_(self.up.bias)
             if design.merge == "alpha":
-                self.share = nn.Parameter(torch.ones(()))
+                self.share = nn.Parameter(torch.ones(1))
         self.to(like.dtype)
 
     def start(self, hidden: Tensor) -> Tensor:

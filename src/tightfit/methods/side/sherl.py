@@ -213,7 +213,7 @@ class SherlNet(nn.Module):
         for index in taps:
             self.add_module(f"tap_{index}", TapAdapter(width, inner))
         self.score, self.out = nn.Linear(inner, 1), nn.Linear(inner, width)
-        self.gate = nn.Parameter(torch.ones(()) if start else torch.zeros(()))
+        self.gate = nn.Parameter(torch.ones(1) if start else torch.zeros(1))
         if start:
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)

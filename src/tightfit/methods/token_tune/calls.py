@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tightfit.core import processes
 from tightfit.core.calls import named_call
 from tightfit.core.edits import StackRunner
+from tightfit.core.errors import StateError
+from tightfit.core.stack import block_of
 from tightfit.core.tight import state_of
 from tightfit.methods.token_tune.loss import targets_of, token_loss
 from tightfit.methods.token_tune.records import KEY, Capture, Replay
@@ -176,6 +179,12 @@ class ByBlock(StackRunner):
     def block(self, tape: Any, index: int, last: bool, forward: Any, hidden: Any, args: tuple, kwargs: dict) -> Any:
         if tape is None:
             return forward(hidden, *args, **kwargs)
+        if processes.is_fsdp(block_of(forward)):
+            # hooks on what a block returns get its parameters for backward, and no gradient comes to that here
+            raise StateError(
+                "TokenTune(schedule='block'): the blocks are sharded (fully_shard); use schedule='model', which works "
+                "under FSDP, or DDP"
+            )
         tuner = self.tuner
         capture, selection = tuner.tape
         length, positions = hidden.shape[1], selection.positions
