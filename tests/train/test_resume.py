@@ -2,10 +2,12 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -352,3 +354,29 @@ def test_two_processes_share_a_run_and_resume_it(folder, tmp_path):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-6")
         (tmp_path / "run" / "run.json").write_text(json.dumps({**known, "result": None}))
         train(read_recipe_file(tmp_path / "recipe.yaml"), resume=True)
+
+
+@pytest.mark.slow
+def test_two_processes_are_told_to_stop_and_go_on(folder, tmp_path):
+    from tightfit.train.recipe_file import write_recipe_file
+
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    commands = {}
+    for name in ("whole", "cut"):
+        file = recipe_file(folder, [{"Lora": {"rank": 2}}], tmp_path / name, epochs=20, save_every=2)
+        write_recipe_file(file, tmp_path / f"{name}.yaml")
+        commands[name] = [*launch, "-m", "tightfit", "train", str(tmp_path / f"{name}.yaml")]
+    process = subprocess.Popen(commands["cut"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    saved = tmp_path / "cut" / "checkpoints"
+    waited = time.monotonic()
+    while not (saved / "checkpoint-2").exists() and process.poll() is None and time.monotonic() - waited < 200:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=200)
+    stopped = re.search(r"stopped at step (\d+); go on with --resume", said)
+    assert process.returncode != 0 and stopped, said
+    assert checkpoints.checkpoints(saved)[-1].name == f"checkpoint-{stopped[1]}"
+    for name, more in (("whole", []), ("cut", ["--resume"])):
+        done = subprocess.run([*commands[name], *more], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
