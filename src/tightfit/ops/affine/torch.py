@@ -168,10 +168,12 @@ def _group_in(packed: Tensor, bits: int) -> int:
 def _pack(groups: Tensor, bits: int, noise: Tensor | None) -> Tensor:
     """The same layout in plain torch, for other devices and for stochastic rounding (`noise` in [0, 1))."""
     kind, levels = RANGE[bits], 2**bits - 1
+    # a tensor: by a number a GPU would multiply with the reciprocal
+    divisor = groups.new_full((), levels)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     if bits == 4:  # rounded outwards, so that the range still holds every element
         low = (low - low.abs() * 2**-10).to(kind).float()
-    step = (high - low) / levels
+    step = (high - low) / divisor
     if bits == 4:
         step = (step * (1 + 2**-9)).to(kind).float()
     scaled = (groups - low).div_(step.clamp_min(torch.finfo(torch.float32).tiny))
