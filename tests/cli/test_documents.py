@@ -78,6 +78,9 @@ def names(request, tmp_path, monkeypatch):
     else:
         classifier(tmp_path)
     tiny_models.vit(tmp_path / "vit")
+    if page.name == "integrations.md":
+        hf.LlamaForCausalLM(hf.LlamaConfig(**SIZE, vocab_size=300)).save_pretrained("decoder")
+        tiny_models.bytes_bpe(eos_token="<eos>", pad_token="<pad>").save_pretrained("decoder")
     model = model_of(page)
     tokenizer = hf.AutoTokenizer.from_pretrained("path-or-hub-id")
     arguments = hf.TrainingArguments("out", max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True)

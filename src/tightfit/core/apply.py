@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -46,7 +46,7 @@ def resolve(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[Transform, Edi
         assert edit.slot in transform.touches, f"{type(transform).__name__} does not declare slot {edit.slot.label}"
     # within a slot, an edit that owns its place comes before those that make room for it
     planned.sort(key=lambda pair: (pair[1].slot, not pair[1].exclusive, pair[0].name))
-    return planned, conflicts + find_conflicts(planned)
+    return planned, conflicts + find_conflicts(planned, hfmodel.adapted_layers(model))
 
 
 def apply(model: nn.Module, recipe: Recipe | Transform | list | tuple | None) -> Applied:
@@ -150,6 +150,7 @@ class Applied:
         self._gone: str | None = None
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._replaced = frozenset(id(h.original) for h in handles if isinstance(h, ParameterHandle))
+        self._added = _added(model, handles, flags)
         hook = register_optimizer_step_pre_hook(_StaleCheck(weakref.ref(self)))
         self._unhook = weakref.finalize(self, hook.remove)
 
@@ -225,16 +226,64 @@ class Applied:
 
         What a method needs of the Trainer's events reaches it, and what is logged with the loss gets figures of the
         step: `peak_bytes`, `saved_bytes`, `tokens_per_second`, and `predicted_peak_bytes` where a plan is given.
+
+        The Trainer's checkpoints hold what `state_dict` gives, in `trainer_state.json`; a resumed run takes it back.
         """
         self._require_live("callback")
-        from tightfit.core.callback import RecipeCallback
+        from tightfit.core.callback import recipe_callback
         from tightfit.core.reports import StepReports
 
         predicted: Any = getattr(plan, "peak_bytes", None) or plan
         if predicted is not None and (isinstance(predicted, bool) or not isinstance(predicted, int)):
             raise TypeError(f"callback(plan=...): got {plan!r}, accepted is a Plan or its peak in bytes")
         reports = StepReports(self, predicted)
-        return RecipeCallback(self, [*(c for part in self.parts if (c := part.callback()) is not None), reports])
+        return recipe_callback(self, [*(c for part in self.parts if (c := part.callback()) is not None), reports])
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What the methods keep beside the model's own state dict (steps drawn, directions, scores), copied to the CPU.
+
+        For checkpoints of a run that goes on to the same bits: `torch.save` it beside the states of the model and the
+        optimizer, or `accelerator.register_for_checkpointing(applied)`. Empty for most recipes. `save` and `load` need
+        none of it.
+
+        Example:
+            >>> import tightfit
+            >>> from transformers import BertConfig, BertForSequenceClassification
+            >>> config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+            >>> applied = tightfit.apply(BertForSequenceClassification(config), tightfit.TokenTune(ratio=0.5))
+            >>> applied.state_dict()
+            {'Tuner/tensors/step': tensor(0)}
+            >>> applied.load_state_dict(applied.state_dict())
+        """
+        self._require_live("state_dict")
+        return {
+            f"{type(part).__name__}/{kind}/{key}": tensor.detach().to("cpu", copy=True)
+            for part in self.parts
+            if not part.in_model_state
+            for kind, tensors in (("tensors", part.tensors()), ("training", part.training_tensors()))
+            for key, tensor in tensors.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take back what `state_dict` of the same recipe gave.
+
+        Raises:
+            StateError: it is another recipe's.
+        """
+        self._require_live("load_state_dict")
+        parts = {type(part).__name__: part for part in self.parts if not part.in_model_state}
+        foreign = sorted(key for key in state if key.split("/")[0] not in parts)
+        if foreign:
+            raise StateError(
+                f"load_state_dict(): {shorten(foreign, 3)} belong to another recipe; this one is {self.recipe}"
+            )
+        for name, part in parts.items():
+            kinds = (("tensors", part.load_tensors), ("training", part.load_training_tensors))
+            for kind, load in kinds:
+                prefix = f"{name}/{kind}/"
+                found = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
+                if found:
+                    load(found)
 
     # -- leaving -----------------------------------------------------------------------------------------------
 
@@ -338,15 +387,31 @@ class _LeftBehind:
                 )
 
 
+def _added(model: nn.Module, handles: list[Handle], flags: Flags) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that a recipe brought along and that train; stand-ins of stock ones are none of them."""
+    known = {id(parameter) for parameter, _ in flags.values()}
+    known |= {id(handle.current()) for handle in handles if isinstance(handle, ParameterHandle)}
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+
+
 class _StaleCheck:
-    """Stops an optimizer that still holds a replaced stock parameter: it would train nothing, silently."""
+    """Stops an optimizer whose steps would leave untrained, silently, what the recipe trains.
+
+    It still holds a replaced stock parameter, or somebody has frozen what the recipe added, or replaced some of it.
+    """
 
     def __init__(self, applied: weakref.ref[Applied]):
         self.applied = applied
+        self.seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
     def __call__(self, optimizer, args, kwargs):
         applied = self.applied()
-        if applied is None or not applied._replaced:
+        if applied is None:
+            return
+        if applied._added and optimizer not in self.seen:
+            self._check_added(applied, optimizer)
+            self.seen.add(optimizer)
+        if not applied._replaced:
             return
         for i, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
@@ -356,3 +421,23 @@ class _StaleCheck:
                         f"{applied.recipe} replaced, so it would train nothing; build the optimizer with "
                         f"applied.optimizer(...), or hand it over with applied.adopt(optimizer)"
                     )
+
+    def _check_added(self, applied: Applied, optimizer: torch.optim.Optimizer) -> None:
+        now = dict(applied.model.named_parameters())
+        own = {id(parameter) for parameter in now.values()}
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            return
+        frozen = [name for name, p in applied._added if id(p) in own and not p.requires_grad]
+        replaced = [
+            name  # sharding puts others in its place too, and these train
+            for name, p in applied._added
+            if id(p) not in own and type(now.get(name)) is nn.Parameter and not is_sharded(now[name])
+        ]
+        if not replaced and len(frozen) < len(applied._added):
+            return
+        raise StateError(
+            f"{type(optimizer).__name__}: parameters that the recipe {applied.recipe} added ("
+            f"{shorten(replaced or frozen, 3)}) have been frozen or replaced since, so they would not train; "
+            f"get_peft_model() freezes all but its own adapters: call it before tightfit.apply(), or put "
+            f"tightfit.Lora into the recipe, where it goes with the others"
+        )

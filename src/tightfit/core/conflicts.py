@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Iterable
 
 from tightfit.core.edits import Edit
 from tightfit.core.transform import Slot, Transform
@@ -28,9 +29,15 @@ class Conflict:
         )
 
 
-def find_conflicts(planned: list[tuple[Transform, Edit]]) -> list[Conflict]:
-    """All conflicts among the edits of a recipe; a claim that nobody makes exclusively may be shared."""
+def find_conflicts(planned: list[tuple[Transform, Edit]], adapted: Iterable[str] = ()) -> list[Conflict]:
+    """All conflicts among the edits of a recipe; a claim that nobody makes exclusively may be shared.
+
+    Args:
+        adapted: layers on which the model has adapters of the user's own.
+    """
     claimants: dict[tuple[Slot, str], list[tuple[str, bool]]] = defaultdict(list)
+    for layer in adapted:
+        claimants[Slot.NEW_PARAMETERS, layer].append(("the model's own PEFT adapters", False))
     for transform, edit in planned:
         for claim in edit.claims():
             claimants[claim].append((type(transform).__name__, edit.exclusive))

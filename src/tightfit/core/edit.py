@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -37,7 +37,12 @@ class Part:
 
     A method that needs more than its edits (a host store, a callback, numbers for the report) puts one `Part`
     into them; `Applied` finds it there.
+
+    Attributes:
+        in_model_state: the model's own state dict holds its tensors too.
     """
+
+    in_model_state: ClassVar[bool] = False
 
     def report(self) -> dict[str, Any]:
         """Facts for `Applied.report()`."""

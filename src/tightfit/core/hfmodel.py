@@ -119,10 +119,25 @@ def head_parameters(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if not name.startswith(f"{base_name}.")]
 
 
+def adapter_parameters(model: nn.Module) -> list[str]:
+    """Names of what the user's own adapters have added and that trains; none of a stock model's."""
+    if not any(is_adapter(module) for module in model.modules()):
+        return []
+    stock = {id(parameter) for _, module in stock_modules(model) for parameter in module._parameters.values()}
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in stock]
+
+
+def adapted_layers(model: nn.Module) -> list[str]:
+    """Real names of the stock layers that the user's own adapters stand around, where these train."""
+    added = adapter_parameters(model)
+    layers = [name for name, module in model.named_modules() if is_adapter(module)]
+    return [f"{layer}.base_layer" for layer in layers if any(name.startswith(f"{layer}.") for name in added)]
+
+
 def body_parameters(model: nn.Module) -> Iterator[str]:
     """Names of all other parameters: those that came with the checkpoint."""
-    head = set(head_parameters(model))
-    return (name for name, _ in model.named_parameters() if name not in head)
+    others = {*head_parameters(model), *adapter_parameters(model)}
+    return (name for name, _ in model.named_parameters() if name not in others)
 
 
 def norms_behind(model: nn.Module, block: str) -> Iterator[tuple[str, nn.Module]]:

@@ -100,7 +100,8 @@ class LearnableMemory(Transform):
 
     def freezes(self, model: nn.Module) -> Iterator[str]:
         own = _own_of_model(places_of(model)) if self.mode == "shared" else ()
-        return (n for n, _ in model.named_parameters() if not n.startswith(own or ("\0",)))
+        adapters = set(hfmodel.adapter_parameters(model))
+        return (n for n, _ in model.named_parameters() if n not in adapters and not n.startswith(own or ("\0",)))
 
     def edits(self, model: nn.Module, context: Context) -> Iterator[Edit]:
         places = places_of(model)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tightfit.core import artifacts, hfmodel
 from tightfit.core.calls import hidden_states
 from tightfit.core.edits import Part
-from tightfit.core.errors import ArtifactError, StateError, UnsupportedModelError, shorten
+from tightfit.core.errors import ArtifactError, ConflictError, StateError, UnsupportedModelError, shorten
 from tightfit.core.fields import near
 from tightfit.methods.heads import answered, frozen
 from tightfit.methods.learnable_memory.places import METHOD, Places
@@ -310,7 +310,7 @@ class Memories(Part):
             )
         trained = [n for n, p in model.named_parameters() if p.requires_grad and not _ours(n)]
         if trained:
-            raise ValueError(
+            raise ConflictError(
                 f"{METHOD}(mode='isolated'): the model is shared by the tasks and runs without a graph, so "
                 f"{shorten(trained, 5)} must not train; set requires_grad to False there, or take mode='shared'"
             )

@@ -121,7 +121,7 @@ def estimator_edits(
     Raises (when run):
         SelectorError: none of the layers trains under the recipe.
     """
-    targets = tuple(targets)
+    targets = tuple(target.removesuffix(".base_layer") for target in targets)
     named = frozenset(targets)
 
     def find(model: nn.Module) -> Found:

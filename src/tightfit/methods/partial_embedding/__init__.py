@@ -17,7 +17,7 @@ from tightfit.core.errors import shorten
 from tightfit.core.fields import check_bool, check_choice
 from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.partial_embedding.head import HeadEdit
-from tightfit.methods.partial_embedding.lookup import GrowMixin, GuardMixin, LookupEdit
+from tightfit.methods.partial_embedding.lookup import GeneratesMixin, GrowMixin, GuardMixin, LookupEdit
 from tightfit.methods.partial_embedding.tables import Tables, VocabularyTensor, find_tables
 from tightfit.methods.partial_embedding.vocabulary import RowCodec, Vocabulary
 
@@ -212,6 +212,10 @@ class PartialEmbedding(Transform):
                 state=lambda m: {"vocabulary": vocabulary},
                 part=vocabulary,
             )
+            if self.unknown == "error" and callable(getattr(model, "generate", None)):
+                yield ModuleEdit(
+                    slot=Slot.INPUTS, module="", mixin=GeneratesMixin, state=lambda m: {"vocabulary": vocabulary}
+                )
             if self.unknown == "grow":
                 yield from self._growth(model, vocabulary, labels=tables.head is not None)
         if tables.head is not None:

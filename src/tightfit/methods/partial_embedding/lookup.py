@@ -28,7 +28,7 @@ class LookupMixin:
         rows = slots[input].to(input.dtype)
         if rows.is_meta or type(rows).__name__ == "FakeTensor":
             return super().forward(rows)  # type: ignore[misc]
-        if hfmodel.has_values(rows) and (rows.device.type == "cpu" or vocabulary.unknown == "fetch"):
+        if hfmodel.has_values(rows) and (rows.device.type == "cpu" or vocabulary.fetches):
             unknown = rows < 0
             if bool(unknown.any()):
                 return self._fetch(vocabulary, input, rows, unknown)
@@ -41,7 +41,7 @@ class LookupMixin:
     def _fetch(self, vocabulary: Vocabulary, input, rows, unknown):
         missing = torch.unique(input[unknown])
         trains = self.training and torch.is_grad_enabled() and self.weight.requires_grad  # type: ignore[attr-defined]
-        if vocabulary.unknown != "fetch" or trains:
+        if not vocabulary.fetches or trains:
             why = " (unknown='fetch' only reads; it cannot train rows)" if vocabulary.unknown == "fetch" else ""
             raise vocabulary.unknown_error(missing, f"the batch{why}")
         codec = next(c for c, m, a in vocabulary.tables if m._parameters.get(a) is self.weight)  # type: ignore[attr-defined]
@@ -148,6 +148,18 @@ class GuardMixin:
                     f"head='full', or switch the trainer's fused loss off"
                 )
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+class GeneratesMixin:
+    """On a model that generates: a token it has chosen itself is read again, also where no batch may hold it."""
+
+    def generate(self, *args, **kwargs):
+        vocabulary: Vocabulary = state_of(self, GeneratesMixin)["vocabulary"]  # type: ignore[arg-type]
+        before, vocabulary.generating = vocabulary.generating, True
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            vocabulary.generating = before
 
 
 class GrowMixin:

@@ -90,6 +90,7 @@ class Vocabulary(Part):
         self.lookups: list[nn.Module] = []
         self.heads: list[nn.Module] = []
         self.outside_labels: torch.Tensor | None = None
+        self.generating = False
         self.mass: list[float] = []
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._watch: weakref.finalize | None = None
@@ -100,6 +101,11 @@ class Vocabulary(Part):
         kept[ids] = True
         self.ids = kept.nonzero().reshape(-1)
         self.dropped = (~kept).nonzero().reshape(-1)
+
+    @property
+    def fetches(self) -> bool:
+        """Whether a row that is not kept may be read."""
+        return self.unknown == "fetch" or self.generating
 
     # -- id maps ------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tightfit.core import hfmodel
 from tightfit.core.calls import evaluating
 from tightfit.core.edits import CallEdit, ChildEdit, Claim, Edit, ModuleEdit, StackEdit, StackRunner, TrainableEdit
-from tightfit.core.errors import StateError, shorten
+from tightfit.core.errors import ConflictError, StateError, shorten
 from tightfit.core.tight import state_of
 from tightfit.core.transform import Slot
 from tightfit.methods.side.places import Place
@@ -103,7 +103,7 @@ def _stock_inside(module: nn.Module) -> Iterator[nn.Module]:
 def _refuse_trained(backbone: Any, method: str) -> None:
     trained = [n for n, p in backbone.named_parameters() if p.requires_grad and SIDE not in n.split(".")]
     if trained:
-        raise ValueError(
+        raise ConflictError(
             f"{method}: the backbone runs without a graph, so {shorten(trained, 5)} would never get a gradient; set "
             f"requires_grad to False there, or leave out what trains them"
         )

@@ -48,6 +48,8 @@ class Making:
 class HostRows(Part):
     """The rows of an applied `SparseAdapter`."""
 
+    in_model_state = True
+
     def __init__(self, making: Making, mlps: Sequence[Mlp]):
         self.making, self.mlps = making, mlps
         self.layers: list[SparseRows] = []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tightfit.core.calls import hidden_states, named_call
 from tightfit.core.edits import Part
-from tightfit.core.errors import StateError, shorten
+from tightfit.core.errors import ConflictError, StateError, shorten
 from tightfit.core.tight import state_of
 from tightfit.methods.heads import answered, frozen
 from tightfit.methods.token_turing_machine.stream import TokenTuringStream
@@ -69,7 +69,7 @@ class Reading(Part):
         if self.freeze and model.training and torch.is_grad_enabled():
             trained = [n for n, p in model.named_parameters() if p.requires_grad and STREAM not in n.split(".")]
             if trained:
-                raise ValueError(
+                raise ConflictError(
                     f"TokenTuringMachine: the encoder runs without a graph, so {shorten(trained, 5)} would never get a "
                     f"gradient; set requires_grad to False there, or take freeze=False"
                 )
