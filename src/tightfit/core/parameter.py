@@ -93,13 +93,13 @@ class Held:
     def expanded(self, small: torch.Tensor) -> torch.Tensor:
         """The stock-shaped tensor; the same object as long as neither it nor the stand-in has changed."""
         small = small.detach()
-        if is_sharded(small):
-            small = small.full_tensor()  # type: ignore[attr-defined]
+        own = small.to_local() if is_sharded(small) else small  # type: ignore[attr-defined]
+        key = (hfmodel.storage_key(own), own._version)
         last = self._full() if self._full is not None else None
-        if last is not None and self._key == (hfmodel.storage_key(small), small._version, last._version):
+        if last is not None and self._key == (*key, last._version):
             return last
-        full = self.codec.decode(small)
-        self._full, self._key = weakref.ref(full), (hfmodel.storage_key(small), small._version, full._version)
+        full = self.codec.decode(whole(small))
+        self._full, self._key = weakref.ref(full), (*key, full._version)
         return full
 
     def shrunk(self, value: torch.Tensor, current: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,11 @@ def wait() -> None:
         dist.barrier()
 
 
+def class_name(module: nn.Module) -> str:
+    """Name of the module's class; `fully_shard` puts its own on top of it."""
+    return type(module).__bases__[-1].__name__ if is_fsdp(module) else type(module).__name__
+
+
 def is_fsdp(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on this very module."""
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
