@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tightfit.core import hfmodel
+from tightfit.core import hfmodel, processes
 from tightfit.core.edits import Edit, Handle
 from tightfit.core.errors import StateError, UnsupportedModelError
 from tightfit.core.tight import loosen, state_of, tighten
@@ -167,6 +167,8 @@ class GrowMixin:
 
     def __call__(self, *args, **kwargs):
         vocabulary: Vocabulary = state_of(self, GrowMixin)["vocabulary"]  # type: ignore[arg-type]
+        if self.training and torch.is_grad_enabled() and processes.count() > 1:  # type: ignore[attr-defined]
+            raise vocabulary.growth_refused()
         given = [*args[:1], *(v for k, v in kwargs.items() if k.endswith("input_ids"))]
         if state_of(self, GrowMixin)["labels"] and torch.is_tensor(kwargs.get("labels")):  # type: ignore[arg-type]
             given.append(kwargs["labels"][kwargs["labels"] != -100])

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from tightfit.core import processes
 from tightfit.core.edits import Part
 from tightfit.core.errors import ArtifactError, StateError, UnknownTokenError, shorten
 from tightfit.core.host import to_host
@@ -146,15 +147,8 @@ class Vocabulary(Part):
         added = len(union) - len(self.ids)
         if added == 0:
             return 0
-        if (
-            torch.distributed.is_available()
-            and torch.distributed.is_initialized()
-            and torch.distributed.get_world_size() > 1
-        ):
-            raise StateError(
-                "PartialEmbedding: the vocabulary cannot grow in a run of several processes, their tables would "
-                "differ; scan all data first"
-            )
+        if processes.count() > 1:
+            raise self.growth_refused()
         self._refuse_strange_states()
         old_ids, full = self.ids, [codec.decode(_held(module, attribute)) for codec, module, attribute in self.tables]
         self._set(union)
@@ -165,6 +159,13 @@ class Vocabulary(Part):
             self._regroup(tensor, into.to(tensor.device), _rows(table, self.ids).to(tensor.device))
         self._refresh()
         return added
+
+    def growth_refused(self) -> StateError:
+        """The error for a vocabulary that would grow in each of several processes by itself."""
+        return StateError(
+            f"PartialEmbedding(unknown='grow'): the vocabulary cannot grow in a run of {processes.count()} processes, "
+            f"their tables would differ; give all ids the data use (PartialEmbedding.scan) and unknown='error'"
+        )
 
     def _regroup(self, tensor: torch.Tensor, into: torch.Tensor, grown: torch.Tensor) -> None:
         """Put `grown` under the same tensor object and move its gradient and moments to their new rows."""
