@@ -102,7 +102,7 @@ class FusedRMSNorm:
         return rms_norm(x, weight, state["eps"], stock, offset=state["offset"], codec=codec_of(self), rebuild=rebuild)
 
 
-def _with_weight(module: Any, weight: torch.Tensor, stock: Callable[..., Any], x: torch.Tensor) -> Any:
+def _with_weight(module: Any, weight: torch.Tensor | None, stock: Callable[..., Any], x: torch.Tensor) -> Any:
     """The module's forward with another weight, which it may not have itself now."""
     own = module._parameters["weight"]
     module._parameters["weight"] = weight
