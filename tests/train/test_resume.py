@@ -363,7 +363,7 @@ def test_two_processes_are_told_to_stop_and_go_on(folder, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     commands = {}
     for name in ("whole", "cut"):
-        file = recipe_file(folder, [{"Lora": {"rank": 2}}], tmp_path / name, epochs=20, save_every=2)
+        file = recipe_file(folder, [{"Lora": {"rank": 2}}], tmp_path / name, epochs=5, save_every=2)
         write_recipe_file(file, tmp_path / f"{name}.yaml")
         commands[name] = [*launch, "-m", "tightfit", "train", str(tmp_path / f"{name}.yaml")]
     process = subprocess.Popen(commands["cut"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
