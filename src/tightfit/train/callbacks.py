@@ -18,8 +18,10 @@ from tightfit.train.stopping import StopRequest
 if TYPE_CHECKING:
     from tightfit.train.recipe_file import TrainSection
 
-NOT_LOGGED = ("total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
-NOT_LOGGED += ("eval_model_preparation_time",)
+NOT_LOGGED = {
+    *("total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"),
+    "eval_model_preparation_time",
+}
 """Figures of this process alone, which a run that was resumed has several of."""
 
 
