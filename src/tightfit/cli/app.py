@@ -176,11 +176,16 @@ def calibrate(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="a new folder", show_default=False)],
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="upload it to this repository of the Hugging Face Hub")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="make that repository a private one")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="the most that one file holds")] = "5GB",
 ) -> None:
     """Write a run's model as a stock checkpoint that plain from_pretrained loads."""
     from tightfit.cli.commands import run_export
 
-    run_export(run, out)
+    run_export(run, out, push_to_hub=push_to_hub, private=private or None, max_shard_size=max_shard_size)
 
 
 @app.command()

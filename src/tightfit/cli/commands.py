@@ -148,12 +148,14 @@ def show_measure(path: Path, overrides: list[str], as_json: bool) -> None:
     show(table)
 
 
-def run_export(run: Path, out: Path) -> None:
+def run_export(run: Path, out: Path, **options: Any) -> None:
     quiet()
     from tightfit.train.run import export_run
 
-    export_run(run, out)
+    export_run(run, out, **options)
     print(f"{out}: a stock checkpoint; load it by from_pretrained({str(out)!r})")
+    if options["push_to_hub"]:
+        print(f"on the Hub: {options['push_to_hub']}")
 
 
 def run_report(run: Path) -> None:

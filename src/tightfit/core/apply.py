@@ -16,7 +16,8 @@ from tightfit.core import hfmodel
 from tightfit.core.conflicts import Conflict, find_conflicts, repeated
 from tightfit.core.edits import Edit, Handle, ParameterHandle, Part
 from tightfit.core.errors import ConflictError, StateError, shorten
-from tightfit.core.parameter import is_sharded
+from tightfit.core.later import made
+from tightfit.core.parameter import gathered, is_sharded
 from tightfit.core.recipe import Recipe, as_recipe
 from tightfit.core.tight import is_tight
 from tightfit.core.transform import Context, Transform
@@ -326,20 +327,43 @@ class Applied:
 
         save(self, folder)
 
-    def export(self, folder: str | os.PathLike) -> None:
-        """Write a stock checkpoint that plain `from_pretrained` loads; the model stays as it is."""
+    def export(
+        self,
+        folder: str | os.PathLike,
+        *,
+        max_shard_size: int | str = "5GB",
+        push_to_hub: str | None = None,
+        private: bool | None = None,
+    ) -> None:
+        """Write a stock checkpoint that plain `from_pretrained` loads, with a model card; the model stays as it is.
+
+        Merged weights are made as they are written: beside the model there is never more than a shard.
+
+        Args:
+            max_shard_size: of one file, in bytes or as in "5GB".
+            push_to_hub: a repository of the Hugging Face Hub to upload the folder to, as in "user/name".
+            private: whether a repository that is made for it is private.
+
+        Raises:
+            ArtifactError: the folder is in use or cannot be written, or the Hub refuses it (the folder stays).
+            StateError, UnsupportedModelError: the recipe's result has no place in a stock model.
+        """
         self._require_live("export")
         from tightfit.core.artifacts import export
 
-        export(self, folder)
+        export(self, folder, max_shard_size=max_shard_size, push_to_hub=push_to_hub, private=private)
 
-    def stock_state_dict(self) -> dict[str, torch.Tensor]:
-        """The state dict with stock names and shapes and everything merged, without changing the model."""
+    def stock_state_dict(self, *, later: bool = False) -> dict[str, torch.Tensor]:
+        """The state dict with stock names and shapes and everything merged, without changing the model.
+
+        Args:
+            later: merged tensors are stand-ins that make their values when they are written.
+        """
         self._before_merge("export")
         state = dict(self.model.state_dict())
         for handle in reversed(self._handles):
             handle.stock_state(self.model, state)
-        return state
+        return gathered(state if later else made(state))
 
     def _before_merge(self, verb: str) -> None:
         self._require_live(verb)

@@ -19,8 +19,12 @@ import torch
 from torch import nn
 
 from tightfit._version import __version__
-from tightfit.core import hfmodel
-from tightfit.core.errors import ArtifactError, RecipeError, shorten
+from tightfit.core import hfmodel, processes
+from tightfit.core.documents import parse_json
+from tightfit.core.errors import ArtifactError, RecipeError, TightfitError, shorten
+from tightfit.core.hub import CARD, card_text, check_repository, push
+from tightfit.core.parameter import is_sharded, whole
+from tightfit.core.quantised import packed_parts
 from tightfit.core.recipe import FORMAT, Recipe
 
 if TYPE_CHECKING:
@@ -35,6 +39,8 @@ _SAMPLE = 4096
 def save(applied: Applied, folder: str | os.PathLike) -> None:
     """Write the recipe and every tensor that training may have changed, both files or none.
 
+    Sharded parameters (FSDP) are gathered: then every process must call this, and the first one writes.
+
     Raises:
         ArtifactError: the folder cannot be written; what an earlier save left there is as it was.
     """
@@ -45,12 +51,14 @@ def save(applied: Applied, folder: str | os.PathLike) -> None:
         "version": __version__,
         "methods": applied.recipe.to_list(),
         "base": {
-            "class": type(applied.model).__name__,
+            "class": processes.class_name(applied.model),
             "tensors": _described(applied.model),
             "digests": _digests(applied, set(tensors)),
         },
     }
-    with _explained(folder):
+    with _first_process_writes(applied.model) as writes, _explained(folder):
+        if not writes:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / RECIPE_FILE) as recipe, replacing(folder / TENSOR_FILE) as data:
             _write_tensors(tensors, data)
@@ -94,19 +102,22 @@ def load(model: nn.Module, folder: str | os.PathLike) -> Applied:
         recipe = Recipe.from_list(document["methods"])
     except RecipeError as error:
         raise ArtifactError(f"{folder / RECIPE_FILE}: {error}") from error
-    draft = Draft(model, recipe)
+    with _refused(folder):
+        draft = Draft(model, recipe)
     if draft.applied is not None:  # before anything of a size that a damaged recipe names is made
         planned = draft.applied.model
         _check_base(folder, "is", base["tensors"], _described(planned))
         _check_fit(folder, _model_tensors(planned), _outside_parts(tensors))
-    applied = apply(model, recipe)
+    with _refused(folder):
+        applied = apply(model, recipe)
     try:
         own = _own_tensors(applied)
         _check_fit(folder, own, tensors)
         _check_base(folder, "has digest", base["digests"], _digests(applied, set(tensors)))
         for part in applied.parts:
             prefix = f"{_PART}{type(part).__name__}/"
-            part.load_tensors({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            with _refused(folder):
+                part.load_tensors({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         # last, because stock parameters are written to and nothing can fail any more
         with torch.no_grad():
             for name, value in _outside_parts(tensors).items():
@@ -115,6 +126,18 @@ def load(model: nn.Module, folder: str | os.PathLike) -> Applied:
         applied.remove()
         raise
     return applied
+
+
+@contextlib.contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    """A recipe from elsewhere may ask for what no library can do, and each of them says so in its own way."""
+    try:
+        yield
+    except TightfitError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ArtifactError(f"{folder / RECIPE_FILE}: the recipe cannot be applied to this model ({reason})") from error
 
 
 def read(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -127,28 +150,61 @@ def read(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Ten
     return document, _read_tensors(Path(folder), document)
 
 
-def export(applied: Applied, folder: str | os.PathLike) -> None:
-    """Write a stock checkpoint with everything merged, without touching the live model."""
+def export(
+    applied: Applied,
+    folder: str | os.PathLike,
+    *,
+    max_shard_size: int | str = "5GB",
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+) -> None:
+    """Write a stock checkpoint with everything merged, without touching the live model.
+
+    Sharded parameters (FSDP) are gathered: then every process must call this, and the first one writes.
+    """
     model: Any = applied.model
     if not hasattr(model, "save_pretrained"):
         raise ArtifactError(
             f"export: {type(model).__name__} has no save_pretrained; use merge() and save its state dict"
         )
     folder = Path(folder)
-    state = applied.stock_state_dict()
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
+    state = applied.stock_state_dict(later=True)
     dtype = next((v.dtype for v in state.values() if v.is_floating_point()), None)  # save_pretrained empties `state`
-    with _explained(folder), _config_kept(model):
+    with _first_process_writes(model) as writes, _explained(folder), config_kept(model):
+        if not writes:
+            return
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing_folder(folder) as temporary:
-            model.save_pretrained(temporary, state_dict=state)
+            model.save_pretrained(temporary, state_dict=state, max_shard_size=max_shard_size)
             # it wrote the dtype of a stand-in, where the first parameter has one, and all would be loaded in that
             model.config.dtype = dtype
             model.config.save_pretrained(temporary)
+            (temporary / CARD).write_text(card_text(model, applied.recipe), encoding="utf-8")
+    if push_to_hub is not None and (not _is_sharded(model) or processes.rank() == 0):
+        push(folder, push_to_hub, private=private)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(is_sharded(parameter) for parameter in model.parameters())
 
 
 @contextlib.contextmanager
-def _config_kept(model: nn.Module) -> Iterator[None]:
-    """`save_pretrained` writes dtype and architectures into the live config."""
+def _first_process_writes(model: nn.Module) -> Iterator[bool]:
+    """Whether this process writes: all that call do, but of a sharded model, whose others wait for the first one."""
+    if not _is_sharded(model):
+        yield True
+        return
+    try:
+        yield processes.rank() == 0
+    finally:
+        processes.wait()
+
+
+@contextlib.contextmanager
+def config_kept(model: nn.Module) -> Iterator[None]:
+    """Puts the config back: `save_pretrained` writes dtype and architectures into it, a call its problem type."""
     config = getattr(model, "config", None)
     before = dict(vars(config)) if config is not None else {}
     try:
@@ -164,7 +220,7 @@ def _config_kept(model: nn.Module) -> Iterator[None]:
 
 def _own_tensors(applied: Applied) -> dict[str, torch.Tensor]:
     """Everything training may change: trainable parameters, persistent buffers, the parts' own tensors."""
-    own = _model_tensors(applied.model)
+    own = {name: whole(tensor) for name, tensor in _model_tensors(applied.model).items()}
     for part in applied.parts:
         own.update({f"{_PART}{type(part).__name__}/{key}": value for key, value in part.tensors().items()})
     return own
@@ -184,10 +240,19 @@ def _check_fit(folder: Path, wanted: dict[str, torch.Tensor], tensors: dict[str,
     wrong = sorted(set(wanted) ^ set(tensors)) or [
         f"{name} is {_description(tensors[name])}, the recipe gives {_description(tensor)}"
         for name, tensor in sorted(wanted.items())
-        if _description(tensor) != _description(tensors[name]) and not name.startswith(_PART)
+        if not (_same_kind if name.startswith(_PART) else _same_form)(tensor, tensors[name])
     ]
     if wrong:
         raise ArtifactError(f"{folder / TENSOR_FILE}: tensors do not fit the recipe: {shorten(wrong, 5)}")
+
+
+def _same_kind(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of a part may stand for each other; a part itself knows how long it has become."""
+    return one.dtype == other.dtype and one.dim() == other.dim()
+
+
+def _same_form(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return _description(one) == _description(other)
 
 
 def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -211,11 +276,15 @@ def _digests(applied: Applied, saved: set[str]) -> dict[str, str]:
     """A digest of every base tensor that the saved file does not hold in full."""
     kept: dict[str, torch.Tensor] = {name: p for name, p in applied.model.named_parameters() if name not in saved}
     kept.update({f"{name} (rest)": rest for name, rest in applied.residue().items()})
-    return {name: tensor_digest(tensor) for name, tensor in kept.items()}
+    return {name: tensor_digest(whole(tensor)) for name, tensor in kept.items()}
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
     """SHA-256 over shape, dtype and up to 4,096 evenly spaced elements."""
+    parts = packed_parts(tensor)
+    if parts is not None:
+        inner = "".join(map(tensor_digest, parts))
+        return hashlib.sha256(f"{tuple(tensor.shape)} {inner}".encode()).hexdigest()[:16]
     flat = tensor.detach().reshape(-1)
     step = max(1, flat.numel() // _SAMPLE)
     sample = flat[::step][:_SAMPLE].to("cpu", torch.float32)
@@ -237,8 +306,8 @@ def _read_document(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ArtifactError(f"{folder}: no {RECIPE_FILE}; give the folder that Applied.save wrote")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        document = parse_json(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise ArtifactError(f"{path}: not valid JSON ({error}); the file is damaged") from None
     if not isinstance(document, dict) or document.get("tightfit") != FORMAT:
         found = document.get("tightfit") if isinstance(document, dict) else type(document).__name__

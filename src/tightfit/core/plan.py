@@ -14,6 +14,7 @@ from tightfit.core.batch import Batch, check_batch, describe_batch
 from tightfit.core.conflicts import Conflict
 from tightfit.core.edits import planning
 from tightfit.core.errors import SimulationError, StateError
+from tightfit.core.quantised import planned_bytes
 from tightfit.core.recipe import Recipe, as_recipe
 from tightfit.core.skeleton import meta_copy
 from tightfit.core.transform import Transform
@@ -228,7 +229,7 @@ class Draft:
         self.total = sum(p.numel() for p in parameters)
         self.gradient_bytes = sum(p.nbytes for p in parameters if p.requires_grad)
         self.largest_bytes = max((p.nbytes for p in parameters if p.requires_grad), default=0)
-        self.static_bytes = sum(p.nbytes for p in parameters) + self.gradient_bytes
+        self.static_bytes = planned_bytes(self.applied.model) + self.gradient_bytes
 
     def plan(self, batch: Batch, optimizer: str | Callable, options: dict[str, Any]) -> Plan:
         """The plan of a step; see `plan`."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from tightfit.core.errors import UnsupportedModelError
 from tightfit.core.fields import near
+from tightfit.core.quantised import is_quantised, plan_as_plain
 
 TASKS = {
     "sequence-classification": "AutoModelForSequenceClassification",
@@ -98,11 +99,19 @@ def _config(config_or_name: Any):
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of the model with every tensor on the meta device; ties, flags and edits survive, memory does not."""
     memo: dict[int, Any] = {}
+    packed = [(name, module) for name, module in model.named_modules() if is_quantised(module)]
     for module in model.modules():
         for tensor in _tensors_of(module):
             if id(tensor) not in memo:
                 memo[id(tensor)] = _on_meta(tensor)
-    return copy.deepcopy(model, memo)
+    for _, module in packed:  # other libraries' records of a weight, which a copy on meta has no use for
+        for key in ("state", "quant_state"):
+            if key in vars(module):
+                memo[id(vars(module)[key])] = None
+    twin = copy.deepcopy(model, memo)
+    for name, module in packed:
+        plan_as_plain(twin.get_submodule(name), module)
+    return twin
 
 
 def _tensors_of(module: nn.Module):

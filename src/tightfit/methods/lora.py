@@ -6,6 +6,8 @@ import contextlib
 import copy
 import dataclasses
 import enum
+import functools
+import re
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -16,10 +18,17 @@ from tightfit.core import hfmodel
 from tightfit.core.edits import Claim, Edit, Handle, is_planning
 from tightfit.core.errors import StateError, UnsupportedModelError, shorten
 from tightfit.core.fields import check_bool, check_float, check_int, check_selector, near
+from tightfit.core.later import Later
+from tightfit.core.parameter import is_sharded, whole
+from tightfit.core.quantised import is_quantised
 from tightfit.core.select import select
 from tightfit.core.transform import Context, Slot, Transform
 
 ADAPTER = "default"
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save")
+"""Fields of a PEFT config that are, or hold, regular expressions."""
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+_REPEAT = re.compile(r"(?<!\\)[*+{]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,6 +172,13 @@ def _checked_config(config: Any) -> dict[str, Any]:
     unknown = sorted(set(config) - fields - {"peft_version"})
     if unknown:
         raise ValueError(f"Lora(config=...): {kind} has no field {unknown[0]!r}{near(unknown[0], sorted(fields))}")
+    for field in _PATTERNS:
+        _check_patterns(field, config.get(field))
+    for field in ("megatron_config", "adapters"):
+        if config.get(field):
+            raise ValueError(
+                f"Lora(config=...): {field} imports or fetches what a recipe only names; use peft.get_peft_model for it"
+            )
     for field in ("trainable_token_indices", "target_parameters"):
         if config.get(field):
             raise ValueError(
@@ -170,6 +186,16 @@ def _checked_config(config: Any) -> dict[str, Any]:
                 f"undo or merge; use peft.get_peft_model for it"
             )
     return config
+
+
+def _check_patterns(field: str, value: Any) -> None:
+    """A search with a regular expression has no end where one repeats what is repeated already."""
+    for text in [value] if isinstance(value, str) else value or ():
+        if isinstance(text, str) and (_REPEATED_GROUP.search(text) or len(_REPEAT.findall(text)) > 4):
+            raise ValueError(
+                f"Lora(config=...): {field} has the expression {text!r}, accepted are expressions without repeated "
+                f"groups and with at most 4 repeats; give a list of layer names"
+            )
 
 
 def _plain(value: Any) -> Any:
@@ -232,6 +258,13 @@ class _AdapterHandle(Handle):
             parameter.requires_grad_(flag)
         vars(model).pop("peft_config", None)
 
+    def before_merge(self, model: nn.Module, verb: str) -> None:
+        if verb == "merge" and any(is_sharded(parameter) for parameter in model.parameters()):
+            raise StateError(
+                f"merge(): the parameters of this {type(model).__name__} are sharded, and adapters cannot be added to "
+                f"parts of them; use export(folder), which gathers them"
+            )
+
     def merge(self, model: nn.Module) -> None:
         layers = list(_adapters(model))
         for name, layer in layers:
@@ -248,7 +281,15 @@ class _AdapterHandle(Handle):
         layers = dict(_adapters(model))
         for name, layer in layers.items():
             _refuse_packed("export", name, layer)
-            merged.update({f"{name}.{key}": value for key, value in _merged(layer).state_dict().items()})
+        # one layer is merged at a time, when it is written; sharded ones now, where all processes take part
+        waits = not any(is_sharded(parameter) for parameter in model.parameters())
+        last = _LastMerged()
+        for name, layer in layers.items():
+            found = _stock_part(layer).state_dict() if waits else _merged(layer).state_dict()
+            for key, value in found.items():
+                if waits:
+                    value = Later(value, functools.partial(last.tensor, layer, key))
+                merged[f"{name}.{key}"] = value
         stock: dict[str, torch.Tensor] = {}
         for key, value in state.items():
             owner = next((name for name in layers if key.startswith(f"{name}.")), None)
@@ -276,11 +317,29 @@ def _stock_part(layer: Any) -> nn.Module:
     return layer.original_module if "original_module" in layer._modules else layer.get_base_layer()
 
 
+class _LastMerged:
+    """The result of one adapter, so that a layer's weight and bias are made once."""
+
+    def __init__(self) -> None:
+        self.layer: Any = None
+        self.state: dict[str, torch.Tensor] = {}
+
+    def tensor(self, layer: Any, key: str) -> torch.Tensor:
+        if layer is not self.layer:
+            self.layer, self.state = None, {}
+            self.layer, self.state = layer, dict(_merged(layer).state_dict())
+        value = self.state.pop(key, None)
+        if value is None:
+            value = dict(_merged(layer).state_dict())[key]
+        return value
+
+
 def _merged(layer: Any) -> nn.Module:
     """A copy of the layer's stock module with the adapter's result in it; the layer itself is not touched."""
     if "modules_to_save" in layer._modules:
         return layer.modules_to_save[ADAPTER]
     twin = _shallow(layer)
+    _gather(twin)
     for parent in twin.modules():
         if parent._modules.get("base_layer") is not None:
             _own_parameters(parent._modules["base_layer"])
@@ -297,6 +356,14 @@ def _shallow(module: nn.Module) -> Any:
     return twin
 
 
+def _gather(module: nn.Module) -> None:
+    """Sharded parameters in full: merging works on what lies in the memory of a tensor, which then is a part of it."""
+    for part in module.modules():
+        for key, parameter in part._parameters.items():
+            if parameter is not None and is_sharded(parameter):
+                part._parameters[key] = nn.Parameter(whole(parameter), requires_grad=False)
+
+
 def _own_parameters(module: nn.Module) -> None:
     for part in module.modules():
         for key, parameter in part._parameters.items():
@@ -306,7 +373,7 @@ def _own_parameters(module: nn.Module) -> None:
 
 def _refuse_packed(verb: str, name: str, layer: Any) -> None:
     weight = getattr(_stock_part(layer), "weight", None)
-    if weight is None or not weight.is_floating_point():
+    if weight is None or not weight.is_floating_point() or is_quantised(_stock_part(layer)):
         kind = "no weight" if weight is None else f"a packed weight ({weight.dtype}, {tuple(weight.shape)})"
         raise UnsupportedModelError(
             f"{verb}: {name} holds {kind}, into which no adapter can be merged; save() the adapter, or load the base "

@@ -15,6 +15,7 @@ import torch
 from tightfit.core.apply import Applied, apply
 from tightfit.core.artifacts import load, replacing_folder
 from tightfit.core.errors import ConflictError, RecipeError, SimulationError, TrainingError
+from tightfit.core.hub import check_repository, push
 from tightfit.core.memory import end_left_profiles
 from tightfit.core.plan import Plan, plan
 from tightfit.core.recipe import Recipe
@@ -290,12 +291,27 @@ def _run(
     return result
 
 
-def export_run(run: Path, out: Path) -> None:
+def export_run(
+    run: Path,
+    out: Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+) -> None:
     """Write the model of a finished run as a stock checkpoint with its tokenizer; plain `from_pretrained` loads it.
 
+    Args:
+        max_shard_size: of one file, in bytes or as in "5GB".
+        push_to_hub: a repository of the Hugging Face Hub to upload the folder to, as in "user/name".
+        private: whether a repository that is made for it is private.
+
     Raises:
-        ArtifactError: `run` holds no finished run, its base is another model now, or `out` is not empty.
+        ArtifactError: `run` holds no finished run, its base is another model now, `out` is not empty, or the Hub
+            refuses the upload (then `out` stays).
     """
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
     from tightfit.train.recipe_file import read_recipe_file
 
     folder.read_run(run)
@@ -305,9 +321,11 @@ def export_run(run: Path, out: Path) -> None:
     applied = load(model, run)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing_folder(out) as temporary:
-        applied.export(temporary)
+        applied.export(temporary, max_shard_size=max_shard_size)
         if not any(temporary.glob("*token*")):  # a recipe that changes the vocabulary writes its own
             tokenizer.save_pretrained(temporary)
+    if push_to_hub is not None:
+        push(out, push_to_hub, private=private)
 
 
 def _predicted(file: RecipeFile, prepared: Prepared, recipe: Recipe, model: PreTrainedModel, echo: Echo) -> int | None:

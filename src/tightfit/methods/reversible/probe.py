@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tightfit.core import hfmodel
+from tightfit.core.artifacts import config_kept
 from tightfit.core.errors import SimulationError, StateError, TightfitError, UnsupportedModelError
 from tightfit.core.simulate.batches import example_batch
 from tightfit.ops.replay import Replay
@@ -62,6 +63,7 @@ def probe(model: nn.Module, stacks: Sequence[Sequence[str]], check: Check | None
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(config_kept(model))
         for blocks in stacks:
             stack.enter_context(_watched(model, blocks, findings, check))
         try:
