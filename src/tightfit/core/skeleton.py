@@ -90,7 +90,7 @@ def _config(config_or_name: Any):
             f"skeleton(): got {type(config_or_name).__name__}, accepted is a transformers config, a folder or a hub id"
         )
     try:
-        return transformers.AutoConfig.from_pretrained(config_or_name)
+        return transformers.AutoConfig.from_pretrained(config_or_name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedModelError(f"skeleton({str(config_or_name)!r}): no config could be read: {reason}") from error

@@ -61,7 +61,11 @@ def build_processor(path: str) -> ImageProcessor:
     """Read size, mean and std from preprocessor_config.json, the rest from config.json."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RecipeError(f"model: {path}: no config could be read: {reason}") from error
     size = getattr(config, "image_size", None)
     settings: dict[str, Any] = {}
     file = Path(path) / "preprocessor_config.json"

@@ -84,7 +84,8 @@ def build_tokenizer(file: RecipeFile) -> PreTrainedTokenizerBase | ImageProcesso
 
         return build_processor(path)
     # byte-level BPE needs it to take lists of words
-    options = {"add_prefix_space": True} if file.task == "token-classification" else {}
+    options: dict[str, Any] = {"add_prefix_space": True} if file.task == "token-classification" else {}
+    options["trust_remote_code"] = False
     tokenizer = _loaded(file, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(path, **options))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
@@ -108,6 +109,7 @@ def build_model(file: RecipeFile, data: TaskData) -> PreTrainedModel:
     path = model_path(file.model)
     auto = getattr(transformers, AUTO_CLASSES[file.task])
     options: dict[str, Any] = {"dtype": torch.float32, "ignore_mismatched_sizes": True}  # checked below
+    options["trust_remote_code"] = False  # left out, transformers would ask at the terminal
     if data.num_labels is not None and file.task != "question-answering":
         options["num_labels"] = data.num_labels
         options["problem_type"] = data.problem_type
