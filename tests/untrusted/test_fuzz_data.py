@@ -92,7 +92,7 @@ def test_the_rows_are_good(task, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("task", ROWS)
-@amounts(40, 400)
+@amounts(15, 400)
 def test_changed_rows(task, cases, tokenizer, tmp_path):
     def check(items):
         if isinstance(items, list):
@@ -101,7 +101,7 @@ def test_changed_rows(task, cases, tokenizer, tmp_path):
     draw_cases(cases, changed_documents(st.just(ROWS[task])), check)
 
 
-@amounts(40, 400)
+@amounts(15, 400)
 def test_changed_numbers(cases, tokenizer, tmp_path):
     def check(value):
         items = [{**item, "score": value if i == 1 else item["score"]} for i, item in enumerate(ROWS[task])]
@@ -112,7 +112,7 @@ def test_changed_numbers(cases, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet", "conll", "txt"])
-@amounts(40, 600)
+@amounts(15, 600)
 def test_damaged_files(kind, cases, tokenizer, tmp_path):
     task = {"conll": "token-classification", "txt": "causal-lm"}.get(kind, "sequence-classification")
     items = ROWS[task]
@@ -134,7 +134,7 @@ def test_damaged_files(kind, cases, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-@amounts(30, 400)
+@amounts(10, 400)
 def test_damaged_archives(kind, cases, tokenizer, tmp_path):
     content = gzip.compress({"jsonl": jsonl, "parquet": parquet}[kind](ROWS["sequence-classification"]))
 

@@ -48,7 +48,7 @@ def test_the_documents_are_good():
     assert {next(iter(m)) for m in METHODS} == {cls.__name__ for cls in tightfit.methods()}
 
 
-@amounts(400, 3_000)
+@amounts(120, 3_000)
 def test_changed_documents(cases):
     def check(document):
         recipe = works_or_is_refused(lambda: tightfit.Recipe.from_json(as_json(document).decode()))
@@ -59,7 +59,7 @@ def test_changed_documents(cases):
 
 
 @pytest.mark.parametrize("kind", ["json", "yaml"])
-@amounts(150, 1_500)
+@amounts(40, 1_500)
 def test_damaged_texts(kind, cases):
     def text_of(document):
         return as_json(document) if kind == "json" else yaml.safe_dump(document).encode()
@@ -72,7 +72,7 @@ def test_damaged_texts(kind, cases):
     draw_cases(cases, damaged_bytes(st.sampled_from([text_of(d) for d in DOCUMENTS])), check)
 
 
-@amounts(100, 1_500)
+@amounts(30, 1_500)
 def test_damaged_recipe_files(cases, tmp_path):
     path = tmp_path / "recipe.yaml"
 
@@ -83,7 +83,7 @@ def test_damaged_recipe_files(cases, tmp_path):
     draw_cases(cases, damaged_bytes(st.just(yaml.safe_dump(FILE, sort_keys=False).encode())), check)
 
 
-@amounts(150, 1_500)
+@amounts(40, 1_500)
 def test_changed_recipe_files(cases, tmp_path):
     path = tmp_path / "recipe.yaml"
 

@@ -65,7 +65,7 @@ def few(document):
     return {**document, "base": base}
 
 
-@amounts(25, 300)
+@amounts(6, 300)
 def test_changed_documents(good, cases, tmp_path):
     folder, base = good
     document = json.loads((folder / RECIPE_FILE).read_text())
@@ -82,7 +82,7 @@ def test_changed_documents(good, cases, tmp_path):
     draw_cases(cases, st.tuples(changed_documents(st.just(few(document))), st.booleans()), check)
 
 
-@amounts(10, 300)
+@amounts(4, 300)
 def test_damaged_documents(good, cases, tmp_path):
     folder, base = good
     shutil.copy(folder / TENSOR_FILE, tmp_path)
@@ -106,7 +106,7 @@ def joined(header, data: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-@amounts(25, 400)
+@amounts(6, 400)
 def test_changed_headers(good, cases, tmp_path):
     folder, base = good
     header, data = split((folder / TENSOR_FILE).read_bytes())
