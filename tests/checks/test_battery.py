@@ -34,7 +34,17 @@ in_turn = [(row, f if f in row.families else row.families[0]) for row, f in zip(
 each_in_turn = pytest.mark.parametrize(
     ("row", "family"), [pytest.param(row, f, id=f"{row.name}-{f}") for row, f in in_turn]
 )
+
+
+def _variant(row) -> bool:
+    """Whether another row stands for the same method with its defaults."""
+    return any(row.name.startswith(f"{other.name}-") for other in ROWS)
+
+
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+each_row_variants_slow = pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=pytest.mark.slow if _variant(row) else (), id=row.name) for row in ROWS]
+)
 
 
 def applied_to(row, family, **options):
@@ -215,11 +225,6 @@ def test_planning_needs_no_weights(row):
     assert plan.trainable_parameters == sum(p.numel() for p in tightfit.apply(real, row.make(real)).parameters())
 
 
-def _variant(row) -> bool:
-    """Whether another row stands for the same method with its defaults."""
-    return any(row.name.startswith(f"{other.name}-") for other in ROWS)
-
-
 PAIRS = [
     pytest.param(a, b, marks=pytest.mark.slow if _variant(a) or _variant(b) else (), id=f"{a.name}-{b.name}")
     for a, b in itertools.combinations(ROWS, 2)
@@ -285,7 +290,7 @@ def _stock_result():
         return model.state_dict()
 
 
-@each_row
+@each_row_variants_slow
 def test_a_plain_trainer_run(row, tmp_path):
     family = "bert" if "bert" in row.families else row.families[0]
     model, applied = applied_to(row, family)

@@ -52,6 +52,7 @@ def test_the_rows_leave_the_allocator_and_come_back(monkeypatch):
     assert memory.live_bytes() == pytest.approx(before, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_applying_and_removing_take_at_most_one_more_table(monkeypatch):
     monkeypatch.setattr("tightfit.core.host._BLOCK_BYTES", TABLE // 10)
     model, held = llama(), []
@@ -67,6 +68,7 @@ def test_applying_and_removing_take_at_most_one_more_table(monkeypatch):
         assert peak <= max(before, memory.live_bytes()) + 0.5 * TABLE
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_step_falls_as_planned():
     """Weight, gradient and two moments of each dropped row are gone from the measured peak."""
     batch = {"input_ids": torch.randint(5, KEPT, (4, 32)), "labels": torch.zeros(4, dtype=torch.long)}

@@ -130,10 +130,9 @@ def killed_until_done(server, made, whole, cut, draw, kills, more=()) -> tuple[i
         running = server.start(*command(made, cut, *more, *(["--resume"] if cut.exists() else [])))
         hit = kill_somewhere(running, cut, draw, seconds, full)
         code, said = running.wait()
-        if not hit:
-            assert code == 0, said
+        if code == 0:  # it ended before the blow
             break
-        assert code == -signal.SIGKILL, said
+        assert hit and code == -signal.SIGKILL, said
         resumed = re.search(r"resuming from .*checkpoint-(\d+)", said)
         assert int(resumed[1]) == newest if resumed else newest == 0 or "resuming" not in said, said
         killed += 1
@@ -150,8 +149,11 @@ def killed_until_done(server, made, whole, cut, draw, kills, more=()) -> tuple[i
 
 
 def test_a_run_killed_again_and_again_ends_on_the_same_bits(server, made, whole, tmp_path):
-    killed, _ = killed_until_done(server, made, whole, tmp_path / "cut", random.Random(3), kills=3)
-    assert killed >= 1
+    draw, killed, runs = random.Random(3), 0, 0
+    while killed < 2:
+        runs += 1
+        killed += killed_until_done(server, made, whole, tmp_path / f"cut-{runs}", draw, kills=2)[0]
+        assert runs < 20
 
 
 def interrupted(server, made, output, number, wait_for="checkpoint-2", *more) -> str:
