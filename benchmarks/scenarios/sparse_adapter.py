@@ -1,4 +1,4 @@
-"""SparseAdapter: what the host does for one layer and one batch, what the device holds, and facts that are memorised.
+"""SparseAdapter: what the host does for one layer and one batch, and what the device holds.
 
 Host: 512 tokens of width 1,024 in float32, one thread, process CPU time. Tokens come in clusters, so that they share
 rows as tokens of real text do. Looking up rows (with and without groups), gathering the union, adding its gradients,
@@ -6,22 +6,13 @@ and the row-wise AdamW of 5 % of the rows, beside torch's AdamW over the whole b
 optimizers take turns.
 
 Device: planned peaks of a Llama's step, on models without weights.
-
-Memory of facts: questions of XQuAD, each with the number of the paragraph that answers it. A frozen MiniLM learns them
-with SparseAdapter, LoRA or a head alone; the metric is the share of the trained questions it then knows, beside
-that of questions it never saw. Needs the data folder beside the project and the MiniLM package.
 """
 
 from __future__ import annotations
 
-import gzip
-import itertools
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import record
@@ -31,14 +22,6 @@ QUICK = False
 WIDTHS = (6144, 16384, 65536)
 SIZE, TOKENS, TOP_K, TOUCHED, CLUSTERS = 1024, 512, 64, 0.05, 24
 ROUNDS = 5
-SEEDS = (0, 1, 2)
-FACTS: dict[str, Any] = {"epochs": 20, "batch_size": 32, "learning_rate": 1.0e-3, "max_length": 48}
-METHODS: dict[str, list[dict[str, Any]]] = {
-    "head alone": [{"SparseAdapter": {"width": 64, "scale": 0.0}}],
-    "Lora, rank 16": [{"Lora": {"rank": 16}}],
-    "SparseAdapter, 512 rows": [{"SparseAdapter": {"width": 512, "top_k": 64}}],
-    "SparseAdapter, 6,144 rows": [{"SparseAdapter": {"width": 6144, "top_k": 64, "groups": "auto"}}],
-}
 
 
 def tokens() -> Any:
@@ -127,7 +110,7 @@ def optimizers(bank: Any, work: Any, settings: Any, rounds: int) -> dict[str, fl
 DENSE = ("adamw", "fused_adamw")
 
 
-def device_rows(widths: tuple[int, ...] = WIDTHS, blocks: int = 8) -> list[dict[str, Any]]:
+def device_rows(widths: tuple[int, ...] = (16384, 32768, 65536), blocks: int = 8) -> list[dict[str, Any]]:
     """Planned peaks and host bytes of a Llama of width 1,024, beside the stock step and LoRA."""
     from transformers import LlamaConfig
 
@@ -152,76 +135,13 @@ def device_rows(widths: tuple[int, ...] = WIDTHS, blocks: int = 8) -> list[dict[
     return rows
 
 
-# -- facts --------------------------------------------------------------------------------------------------------
-
-
-def write_facts(folder: Path, limit: int | None = None) -> None:
-    """Questions of English XQuAD with their paragraph's number: three of four to learn, the rest never shown."""
-    with gzip.open(record.SHARED / "data" / "xquad" / "xquad.en.json.gz", "rt", encoding="utf8") as file:
-        paragraphs = [p for article in json.load(file)["data"] for p in article["paragraphs"]]
-    rows: dict[str, list[str]] = {"learnt": [], "unseen": []}
-    for number, paragraph in enumerate(paragraphs[:limit]):
-        for turn, qa in enumerate(paragraph["qas"]):
-            question = " ".join(qa["question"].split())
-            rows["unseen" if turn % 4 == 3 else "learnt"].append(f"{question}\tp{number}")
-    for name, lines in rows.items():
-        (folder / f"{name}.tsv").write_text("question\tparagraph\n" + "\n".join(lines) + "\n", encoding="utf8")
-
-
-def fact_row(folder: Path, name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """One run, and what it knows afterwards."""
-    import torch
-
-    from tightfit.train.recipe_file import RecipeFile
-    from tightfit.train.run import train
-
-    known = {}
-    for part in ("learnt", "unseen"):
-        with tempfile.TemporaryDirectory() as output:
-            torch.set_num_threads(1)
-            file = RecipeFile.model_validate(
-                {
-                    "model": "demo:minilm",
-                    "task": "sequence-classification",
-                    "data": {
-                        "train": str(folder / "learnt.tsv"),
-                        "eval": str(folder / f"{part}.tsv"),
-                        "text": ["question"],
-                        "label": "paragraph",
-                    },
-                    "methods": METHODS[name],
-                    "train": {**settings, "seed": seed},
-                    "output": f"{output}/run",
-                }
-            )
-            found = train(file)
-            known[part] = found.metric
-    return {"facts": name, "seed": seed, **known, "peak_bytes": found.peak_bytes, "seconds": found.train_seconds}
-
-
-def fact_rows(
-    rows: list[dict[str, Any]], seeds=SEEDS, settings: dict[str, Any] = FACTS, limit: int | None = None
-) -> list[dict[str, Any]]:
-    """One row per method and seed that `rows` does not have yet."""
-    done = {(row.get("facts"), row.get("seed")) for row in rows}
-    with tempfile.TemporaryDirectory() as folder:
-        write_facts(Path(folder), limit)
-        for seed, name in itertools.product(seeds, METHODS):
-            if (name, seed) not in done:
-                found = fact_row(Path(folder), name, seed, settings)
-                rows.append(found)
-                save(rows)
-                print(found, flush=True)
-    return rows
-
-
 def save(rows: list[dict[str, Any]]) -> None:
-    settings = {"size": SIZE, "tokens": TOKENS, "top_k": TOP_K, "touched": TOUCHED, "rounds": ROUNDS, "facts": FACTS}
+    settings = {"size": SIZE, "tokens": TOKENS, "top_k": TOP_K, "touched": TOUCHED, "rounds": ROUNDS}
     record.write(NAME, settings, rows)
 
 
 def run() -> list[dict[str, Any]]:
-    """Host, device, facts; each row is written as it is made, and the next call goes on."""
+    """Host, then device; each row is written as it is made, and the next call goes on."""
     import torch
 
     torch.set_num_threads(1)
@@ -234,6 +154,4 @@ def run() -> list[dict[str, Any]]:
     if not any("device" in row for row in rows):
         rows += device_rows()
         save(rows)
-    if (record.SHARED / "data" / "xquad").exists():
-        fact_rows(rows)
     return rows

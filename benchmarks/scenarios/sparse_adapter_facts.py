@@ -23,14 +23,15 @@ KEY, VALUE = 3, 4
 SETTINGS: dict[str, Any] = {
     "facts": 2048,
     "layers": [1, 3],
-    "batch_size": 16,
-    "epochs": 40,
-    "learning_rate": 5.0e-3,
-    "wide": 4096,
+    "batch_size": 2,
+    "epochs": 20,
+    "learning_rate": 1.0e-3,
+    "sparse_learning_rate": 1.0e-4,
+    "wide": 32768,
     "narrow": 256,
-    "top_k": 8,
-    "groups": "auto",
-    "probe": None,
+    "top_k": 24,
+    "groups": 1,
+    "scale": 60.0,
 }
 ADAPTERS = ("sparse", "dense, as wide", "dense, as many rows as on the device")
 
@@ -53,8 +54,9 @@ def adapted(model: Any, name: str, seed: int, settings: dict[str, Any]) -> tuple
 
     rate, wide, narrow = settings["learning_rate"], settings["wide"], settings["narrow"]
     if name == "sparse":
-        fields = {key: settings[key] for key in ("top_k", "groups", "probe")}
-        where = "|".join(f"model.layers.{layer}" for layer in settings["layers"])
+        rate = settings["sparse_learning_rate"]
+        fields = {key: settings[key] for key in ("top_k", "groups", "scale")}
+        where = "|".join(f"model.layers.{layer}.mlp" for layer in settings["layers"])
         transform = tightfit.SparseAdapter(width=wide, max_resident=narrow, seed=seed, where=where, **fields)
         applied = tightfit.apply(model, transform)
         optimizer = applied.optimizer(torch.optim.AdamW, lr=rate, weight_decay=0.0)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 from tables import footer, grid, mib
@@ -34,19 +33,3 @@ def device(result: dict[str, Any]) -> str:
         if "device" in row
     ]
     return grid(["recipe", "device peak, MiB", "host, MiB"], rows) + "\n" + footer(result)
-
-
-def facts(result: dict[str, Any]) -> str:
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in (r for r in result["rows"] if "facts" in r):
-        found.setdefault(row["facts"], []).append(row)
-    rows = []
-    for name, runs in found.items():
-        cells = []
-        for key in ("learnt", "unseen"):
-            values = [run[key] for run in runs]
-            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3f}{spread}")
-        rows.append([name, *cells, mib(statistics.mean(run["peak_bytes"] for run in runs)), str(len(runs))])
-    header = ["recipe", "learnt questions known", "questions never seen", "peak, MiB", "seeds"]
-    return grid(header, rows) + "\n" + footer(result)

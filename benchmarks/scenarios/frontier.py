@@ -1,0 +1,177 @@
+"""Memory against time: every method and the sensible compositions beside today's baselines, on five model shapes.
+
+Peaks and saved bytes are those of the whole model, planned (the plan's accuracy has its own benchmark), without
+weights. Step times are of forward and backward of the same model with fewer blocks, in turns with stock, each in a
+process of its own with one thread; optimizer steps are not in them. A recipe that a model refuses is a row with the
+reason. Every row is written as it ends, and the next call goes on.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import record
+import torch
+from turns import forward_backward, measured, process
+
+NAME = "frontier"
+QUICK = False
+ROUNDS = 5
+LLAMA = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "vocab_size": 32_000}
+VIT = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+SHAPES: dict[str, dict[str, Any]] = {
+    "BERT-base, 16 x 128": {"family": "bert", "blocks": 12, "timed_blocks": 3, "size": {}, "batch": (16, 128)},
+    "Llama 8 x 512, 4 x 256": {"family": "llama", "blocks": 8, "timed_blocks": 4, "size": LLAMA, "batch": (4, 256)},
+    "Llama 8 x 512, 2 x 1024": {"family": "llama", "blocks": 8, "timed_blocks": 2, "size": LLAMA, "batch": (2, 1024)},
+    "T5-small, 8 x 128": {"family": "t5", "blocks": 6, "timed_blocks": 3, "size": {}, "batch": (8, 128)},
+    "ViT-small, 16 x 197": {"family": "vit", "blocks": 12, "timed_blocks": 4, "size": VIT, "batch": (16, 197)},
+}
+LORA: list[Any] = [{"Lora": {}}]
+FUSED: list[Any] = [{"FusedOps": {}}]
+ATTENTION: list[Any] = [{"Mesa": {"attention": True}}]
+CHECKPOINTING: list[Any] = [{"Checkpointing": {}}]
+VOCABULARY: list[Any] = [{"PartialEmbedding": {"ids": list(range(4000))}}]
+VELORA = {"value": {"num_groups": 32, "init": "batch_average_once"}}
+BASELINES: dict[str, list[Any]] = {
+    "stock": [],
+    "checkpointing": CHECKPOINTING,
+    "LoRA": LORA,
+    "LoRA + checkpointing": [*LORA, *CHECKPOINTING],
+    "LoRA-FA": LORA,
+    "LoRA, PEFT's VeLoRA": [{"Lora": {"config": {"peft_type": "LORA", "r": 8, "lora_alpha": 16}}}],
+}
+OURS: dict[str, list[Any]] = {
+    "FusedOps": FUSED,
+    "FusedOps + Checkpointing": [*FUSED, *CHECKPOINTING],
+    "Mesa": [{"Mesa": {}}],
+    "FusedOps + Mesa": [*FUSED, {"Mesa": {}}],
+    "FusedOps + Mesa, attention": [*FUSED, *ATTENTION],
+    "WtaCrs": [{"WtaCrs": {}}],
+    "FusedOps + WtaCrs": [*FUSED, {"WtaCrs": {}}],
+    "FusedOps + Mesa + WtaCrs": [*FUSED, {"Mesa": {}}, {"WtaCrs": {}}],
+    "TokenTune 0.2": [{"TokenTune": {"ratio": 0.2}}],
+    "FusedOps + TokenTune 0.2": [*FUSED, {"TokenTune": {"ratio": 0.2}}],
+    "PartialEmbedding": VOCABULARY,
+    "PartialEmbedding + FusedOps + Mesa": [*VOCABULARY, *FUSED, {"Mesa": {}}],
+    "PartialEmbedding + FusedOps + Checkpointing": [*VOCABULARY, *FUSED, *CHECKPOINTING],
+    "Lora + FusedOps": [*LORA, *FUSED],
+    "Lora + FusedOps + Mesa, attention": [*LORA, *FUSED, *ATTENTION],
+    "Lora + FusedOps + Checkpointing": [*LORA, *FUSED, *CHECKPOINTING],
+    "Lora + Velora": [*LORA, {"Velora": {"where": "*"}}],
+    "Lora + TokenTune 0.2": [*LORA, {"TokenTune": {"ratio": 0.2}}],
+    "Lora + PartialEmbedding + FusedOps": [*LORA, *VOCABULARY, *FUSED],
+    "Lora + PartialEmbedding + FusedOps + Checkpointing": [*LORA, *VOCABULARY, *FUSED, *CHECKPOINTING],
+    "Lora + Reversible": [*LORA, {"Reversible": {}}],
+    "Lora + FusedOps + Reversible": [*LORA, *FUSED, {"Reversible": {}}],
+    "Lora + PartialEmbedding + FusedOps + Reversible": [*LORA, *VOCABULARY, *FUSED, {"Reversible": {}}],
+    "LadderSide": [{"LadderSide": {}}],
+    "LadderSide, pool": [{"LadderSide": {"projection": "pool"}}],
+    "LadderSide + PartialEmbedding": [{"LadderSide": {}}, *VOCABULARY],
+    "Sherl": [{"Sherl": {}}],
+    "Losa": [{"Losa": {}}],
+    "SparseAdapter": [{"SparseAdapter": {"width": 4096, "groups": "auto"}}],
+}
+RECIPES = BASELINES | OURS
+
+
+def built(shape: str, blocks: int, *, meta: bool) -> Any:
+    """The model of a shape with so many blocks, without weights on the meta device."""
+    import transformers as hf
+
+    settings = SHAPES[shape]
+    family, size = settings["family"], settings["size"]
+    with torch.device("meta" if meta else "cpu"):
+        if family == "bert":
+            model: Any = hf.BertForSequenceClassification(hf.BertConfig(num_hidden_layers=blocks, **size))
+        elif family == "llama":
+            model = hf.LlamaForCausalLM(hf.LlamaConfig(num_hidden_layers=blocks, **size))
+        elif family == "t5":
+            model = hf.T5ForConditionalGeneration(hf.T5Config(num_layers=blocks, num_decoder_layers=blocks, **size))
+        else:
+            model = hf.ViTForImageClassification(hf.ViTConfig(num_hidden_layers=blocks, num_labels=10, **size))
+    return model.train()
+
+
+def applied(model: Any, recipe: str) -> Any:
+    """The model under a recipe; LoRA-FA is LoRA whose first matrices stay as they are (arXiv 2308.03303)."""
+    import tightfit
+
+    methods = RECIPES[recipe]
+    if recipe == "LoRA, PEFT's VeLoRA":
+        config = {**methods[0]["Lora"]["config"], "target_modules": "all-linear", "velora_config": {"num_groups": 32}}
+        methods = [{"Lora": {"config": config}}]
+    out = tightfit.apply(model, tightfit.Recipe.from_list(methods))
+    for name, parameter in out.model.named_parameters():
+        if recipe == "LoRA-FA" and "lora_A" in name:
+            parameter.requires_grad_(False)
+    for module in out.model.modules():
+        if hasattr(module, "lora_velora_initialized"):  # or it would look at values
+            module.lora_velora_initialized["default"] = True
+    return out
+
+
+def example(model: Any, shape: str) -> dict[str, torch.Tensor]:
+    """A batch of the shape, every row full."""
+    from tightfit.core.simulate import example_batch
+
+    return example_batch(model, *SHAPES[shape]["batch"], padded=False)
+
+
+def memory(shape: str, recipe: str) -> dict[str, Any]:
+    """Planned bytes of a step of the whole model: of forward and backward above what is always there, and in all."""
+    from tightfit.core.simulate import simulate
+
+    model = built(shape, SHAPES[shape]["blocks"], meta=True)
+    batch = example(model, shape)
+    model = applied(model, recipe).model
+    found = simulate(model, batch, optimizer="sgd", extrapolate=False)
+    peak = max(found.phases.get(phase, 0) for phase in ("forward", "backward", "recompute"))
+    whole = simulate(model, batch, optimizer="adamw", extrapolate=False)
+    return {
+        "peak_bytes": peak - found.static_bytes,
+        "whole_peak_bytes": whole.peak_bytes,
+        "saved_bytes": found.saved_bytes,
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def stepper(shape: str, recipe: str) -> Any:
+    """Forward and backward of the model with fewer blocks under the recipe."""
+    torch.manual_seed(0)
+    model = built(shape, SHAPES[shape]["timed_blocks"], meta=False)
+    batch = example(model, shape)
+    return forward_backward(applied(model, recipe), batch)
+
+
+def run(names: tuple[str, ...] = tuple(SHAPES)) -> list[dict[str, Any]]:
+    """One row per shape and recipe: its bytes, and the ratio of its step time to stock's."""
+    from tightfit.core.errors import TightfitError
+
+    config = {"rounds": ROUNDS, "shapes": SHAPES, "baselines": list(BASELINES)}
+    rows: dict[tuple[str, str], dict[str, Any]] = {
+        (row["shape"], row["recipe"]): row for row in (record.read(NAME) or {"rows": []})["rows"]
+    }
+
+    def add(row: dict[str, Any]) -> None:
+        rows[row["shape"], row["recipe"]] = row
+        print(row, flush=True)
+        record.write(NAME, config, list(rows.values()))
+
+    for shape, recipe in itertools.product(names, RECIPES):
+        if (shape, recipe) not in rows:
+            try:
+                found = memory(shape, recipe)
+            except (TightfitError, ValueError, TypeError) as error:
+                found = {"refused": str(error)}
+            add({"shape": shape, "recipe": recipe, **found})
+    for shape in names:
+        with process(functools.partial(stepper, shape, "stock")) as stock:
+            for recipe in RECIPES:
+                row = rows[shape, recipe]
+                if "refused" in row or "measured" in row:
+                    continue
+                with process(functools.partial(stepper, shape, recipe)) as other:
+                    add({**row, **measured(stock, other, ROUNDS)})
+    return list(rows.values())
