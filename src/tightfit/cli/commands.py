@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 
 def quiet() -> None:
     """Silence what other libraries say about things that are as they should be; for a process of our own only."""
+    import logging
     import warnings
 
     import datasets
-    from transformers.utils import logging
+    from transformers.utils import logging as said
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    # PEFT imports torchao wherever it is installed, which then tells of kernels that this machine cannot load
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    said.set_verbosity_error()
+    said.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", module="torch|transformers|accelerate|peft")
 
