@@ -20,12 +20,13 @@ NAME = "frontier"
 QUICK = False
 ROUNDS = 5
 LLAMA = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "vocab_size": 32_000}
+T5 = {"decoder_start_token_id": 0}
 VIT = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
 SHAPES: dict[str, dict[str, Any]] = {
     "BERT-base, 16 x 128": {"family": "bert", "blocks": 12, "timed_blocks": 3, "size": {}, "batch": (16, 128)},
     "Llama 8 x 512, 4 x 256": {"family": "llama", "blocks": 8, "timed_blocks": 4, "size": LLAMA, "batch": (4, 256)},
     "Llama 8 x 512, 2 x 1024": {"family": "llama", "blocks": 8, "timed_blocks": 2, "size": LLAMA, "batch": (2, 1024)},
-    "T5-small, 8 x 128": {"family": "t5", "blocks": 6, "timed_blocks": 3, "size": {}, "batch": (8, 128)},
+    "T5-small, 8 x 128": {"family": "t5", "blocks": 6, "timed_blocks": 3, "size": T5, "batch": (8, 128)},
     "ViT-small, 16 x 197": {"family": "vit", "blocks": 12, "timed_blocks": 4, "size": VIT, "batch": (16, 197)},
 }
 LORA: list[Any] = [{"Lora": {}}]
@@ -33,7 +34,7 @@ FUSED: list[Any] = [{"FusedOps": {}}]
 ATTENTION: list[Any] = [{"Mesa": {"attention": True}}]
 CHECKPOINTING: list[Any] = [{"Checkpointing": {}}]
 VOCABULARY: list[Any] = [{"PartialEmbedding": {"ids": list(range(4000))}}]
-VELORA = {"value": {"num_groups": 32, "init": "batch_average_once"}}
+VELORA = {"num_groups": 32, "init_type": "batch_average_once"}
 BASELINES: dict[str, list[Any]] = {
     "stock": [],
     "checkpointing": CHECKPOINTING,
@@ -100,7 +101,7 @@ def applied(model: Any, recipe: str) -> Any:
 
     methods = RECIPES[recipe]
     if recipe == "LoRA, PEFT's VeLoRA":
-        config = {**methods[0]["Lora"]["config"], "target_modules": "all-linear", "velora_config": {"num_groups": 32}}
+        config = {**methods[0]["Lora"]["config"], "target_modules": "all-linear", "velora_config": VELORA}
         methods = [{"Lora": {"config": config}}]
     out = tightfit.apply(model, tightfit.Recipe.from_list(methods))
     for name, parameter in out.model.named_parameters():
