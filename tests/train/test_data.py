@@ -253,6 +253,12 @@ def test_running_text_is_packed_without_loss(tmp_path):
     assert data.train["labels"][:] == blocks
 
 
+def test_a_text_without_a_token_is_refused(tmp_path):
+    path = write(tmp_path / "a.txt", "\x00")
+    message = refused(recipe("causal-lm", train=path, eval=path))
+    assert str(path) in message and "no token of the train text" in message
+
+
 def test_rows_end_and_packed_rows_are_joined(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"t": "good film"}\n{"t": "bad"}\n')
     tokenizer = bytes_bpe(eos_token="<end>", pad_token="<pad>")

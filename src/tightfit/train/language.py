@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tightfit.core.errors import RecipeError
+from tightfit.core.errors import DataError, RecipeError
 from tightfit.train.encode import build_dataset, encode_texts, fingerprint, required_column, truncation_note
 from tightfit.train.sources import read_sources, split_off, split_tail
 
@@ -53,6 +53,9 @@ def load_causal(file: RecipeFile, tokenizer: Any) -> TaskData:
     for split in ("train", "eval"):
         if packed:
             blocks = list(_blocks(tokenizer, _documents(texts[split], running), end, length))
+            if not blocks:
+                source = (train if split == "train" else held_out).source
+                raise DataError(f"{source}: the model's tokenizer makes no token of the {split} text")
             if len(blocks[-1]) == 1 and len(blocks) > 1:
                 blocks.pop()
                 notes.append(f"the very last token of the {split} text stands alone and predicts nothing; left out")
