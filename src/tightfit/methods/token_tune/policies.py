@@ -59,7 +59,7 @@ class Counter:
     def uniform(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """(rows, columns) in [0, 1), the numbers of this step; the next call gives others.
 
-        Of several processes each gets those of its own rows, as if one process had all rows, one rank's after another's.
+        Each of several processes gets those of its own rows, as if one process had all rows, rank after rank.
 
         >>> same = [Counter(3).uniform(2, 2, torch.device("cpu")) for _ in range(2)]
         >>> torch.equal(*same)
