@@ -82,10 +82,8 @@ def planned(settings: dict[str, Any], methods: list[dict[str, Any]]) -> dict[str
     model = build(settings, settings["layers"], weights=False)
     batch = example(settings, model)
     found = tightfit.plan(model, tightfit.Recipe.from_list(methods), batch=batch, optimizer="sgd")
-    phases = found.simulation.phases
-    peak = max(phases.get(phase, 0) for phase in ("forward", "backward", "recompute"))
     return {
-        "planned_peak_bytes": peak - found.by_category["weights"],
+        "planned_peak_bytes": found.simulation.pass_bytes - found.by_category["weights"],
         "saved_bytes": found.simulation.saved_bytes,
         "trainable_parameters": found.trainable_parameters,
     }

@@ -119,6 +119,17 @@ def seq2seq_trainer(row: Row, family: str, folder: Path) -> None:
     _train_with_trainer(row, family, folder, make)
 
 
+def few_steps(folder: Path) -> dict[str, Any]:
+    """What TRL's trainers are told alike."""
+    return {
+        "output_dir": str(folder / "run"),
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+    }
+
+
 def sft(row: Row, family: str, folder: Path) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -126,11 +137,7 @@ def sft(row: Row, family: str, folder: Path) -> None:
     applied = applied_to(row, stock(family))
     arguments = SFTConfig(
         **quiet(
-            output_dir=str(folder / "run"),
-            max_steps=3,
-            per_device_train_batch_size=2,
-            learning_rate=1e-2,
-            save_strategy="no",
+            **few_steps(folder),
             max_length=16,
         )
     )
@@ -159,11 +166,7 @@ def dpo(row: Row, family: str, folder: Path) -> None:
     texts = {key: sentences(8, seed=seed) for seed, key in enumerate(("prompt", "chosen", "rejected"))}
     arguments = DPOConfig(
         **quiet(
-            output_dir=str(folder / "run"),
-            max_steps=3,
-            per_device_train_batch_size=2,
-            learning_rate=1e-2,
-            save_strategy="no",
+            **few_steps(folder),
             logging_steps=1,
         )
     )

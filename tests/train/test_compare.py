@@ -1,11 +1,10 @@
-import gc
 import json
 import xml.etree.ElementTree as tree
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import project, recipe_file
+from runs import recipe_file
 
 from tightfit.core.errors import ConflictError, RecipeError
 from tightfit.presets import named, presets
@@ -13,21 +12,11 @@ from tightfit.train.bench import compare, measure_recipe
 from tightfit.train.card import table_rows
 from tightfit.train.plots import draw_comparison, place_labels
 
+pytestmark = pytest.mark.usefixtures("light_garbage")
+
 PART = [{"PartialEmbedding": {}}]
 LORA = [{"Lora": {"rank": 2}}]
 BOTH = [*LORA, {"Checkpointing": {}}]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def light_garbage():
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return project(tmp_path_factory.mktemp("compare"))
 
 
 @pytest.fixture(scope="module")

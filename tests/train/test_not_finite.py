@@ -1,11 +1,10 @@
 """Losses and gradients that are not finite: the step, the layer, what is kept, and leaving batches out."""
 
-import gc
 import math
 
 import pytest
 import torch
-from runs import only_train, project, recipe_file
+from runs import recipe_file
 from safetensors.torch import load_file
 
 from tightfit.core.errors import TrainingError
@@ -14,19 +13,9 @@ from tightfit.train.folder import read_metrics
 from tightfit.train.non_finite import Part, find_source
 from tightfit.train.run import train
 
+pytestmark = pytest.mark.usefixtures("the_weights")
+
 LAYER = "bert.encoder.layer.0.intermediate.dense"
-
-
-@pytest.fixture(autouse=True)
-def the_weights(monkeypatch):
-    only_train(monkeypatch)
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return project(tmp_path_factory.mktemp("not_finite"))
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
 """What a run says of its steps: in its lines, its log file, trackers, and through a Trainer of the user's own."""
 
 import functools
-import gc
 
 import pytest
 import torch
-from runs import project, recipe_file
+from runs import recipe_file
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 import tightfit
@@ -16,20 +15,10 @@ from tightfit.train.bench import training_step
 from tightfit.train.folder import read_metrics
 from tightfit.train.run import train
 
+pytestmark = pytest.mark.usefixtures("light_garbage")
+
 FIGURES = {"peak_bytes", "saved_bytes", "tokens_per_second", "predicted_peak_bytes"}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def light_garbage():
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return project(tmp_path_factory.mktemp("reports"))
 
 
 class Collects(TrainerCallback):

@@ -1,4 +1,3 @@
-import gc
 import json
 import os
 import random
@@ -12,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from runs import only_train, project, recipe_file
+from runs import project, recipe_file
 from safetensors.torch import load_file
 
 from tightfit.core.errors import ArtifactError, RecipeError, TrainingError
@@ -24,18 +23,6 @@ from tightfit.train.stopping import StopRequest, Terminated
 
 class Killed(Exception):
     pass
-
-
-@pytest.fixture(autouse=True)
-def the_weights(monkeypatch):
-    only_train(monkeypatch)
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return project(tmp_path_factory.mktemp("resume"))
 
 
 def stop_in_step(monkeypatch, number):
@@ -304,6 +291,8 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from runs import recipe_file
 from tightfit.train import trainer, run
+
+pytestmark = pytest.mark.usefixtures("the_weights")
 real = trainer.RunTrainer.training_step
 def step(self, *args, **kwargs):
     if self.state.global_step == {step}:

@@ -1,4 +1,3 @@
-import gc
 import json
 import re
 import xml.etree.ElementTree as tree
@@ -23,17 +22,7 @@ from tightfit.train.svg import line_plot, ticks
 from tightfit.train.tasks import build_model
 from tightfit.train.trainer import RunTrainer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def light_garbage():
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return project(tmp_path_factory.mktemp("run"))
+pytestmark = pytest.mark.usefixtures("light_garbage")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from tightfit.core import hfmodel, processes
 from tightfit.core.documents import parse_json
 from tightfit.core.errors import ArtifactError, RecipeError, TightfitError, shorten
 from tightfit.core.hub import CARD, card_text, check_repository, push
-from tightfit.core.parameter import is_sharded, whole
+from tightfit.core.parameter import has_sharded, whole
 from tightfit.core.quantised import packed_parts
 from tightfit.core.recipe import FORMAT, Recipe
 
@@ -182,18 +182,14 @@ def export(
             model.config.dtype = dtype
             model.config.save_pretrained(temporary)
             (temporary / CARD).write_text(card_text(model, applied.recipe), encoding="utf-8")
-    if push_to_hub is not None and (not _is_sharded(model) or processes.rank() == 0):
+    if push_to_hub is not None and (not has_sharded(model) or processes.rank() == 0):
         push(folder, push_to_hub, private=private)
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    return any(is_sharded(parameter) for parameter in model.parameters())
 
 
 @contextlib.contextmanager
 def _first_process_writes(model: nn.Module) -> Iterator[bool]:
     """Whether this process writes: all that call do, but of a sharded model, whose others wait for the first one."""
-    if not _is_sharded(model):
+    if not has_sharded(model):
         yield True
         return
     try:

@@ -11,9 +11,14 @@ import torch
 from torch import nn
 
 
+def without_peft(model: Any) -> Any:
+    """The Hugging Face model, out of what PEFT may have put around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def backbone(model: nn.Module) -> tuple[str, nn.Module]:
     """The headless model inside `model` with its module name ("" when the model is its own backbone)."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    inner = without_peft(model)
     base = getattr(inner, "base_model", inner)
     if base is model or not isinstance(base, nn.Module):
         return "", model

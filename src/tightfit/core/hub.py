@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tightfit._version import __version__
+from tightfit.core import processes
 from tightfit.core.errors import ArtifactError
 from tightfit.core.recipe import Recipe
 
@@ -19,22 +20,23 @@ def card_text(model: Any, recipe: Recipe) -> str:
     front = {"library_name": "transformers", "tags": ["tightfit"], **({"base_model": base} if base else {})}
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     methods = "\n".join(f"- `{transform!r}`" for transform in recipe) or "- none: full fine-tuning"
+    name = processes.class_name(model)
     of = f"`{base}`, " if base else ""
     return f"""\
 ---
 {head}
 ---
 
-# {type(model).__name__}
+# {name}
 
 {of}fine-tuned with [tightfit](https://pypi.org/project/tightfit/) {__version__} and merged into a stock checkpoint:
 
 {methods}
 
 ```python
-from transformers import {type(model).__name__.removeprefix("FSDP")}
+from transformers import {name}
 
-model = {type(model).__name__.removeprefix("FSDP")}.from_pretrained("path-or-hub-id")  # of this checkpoint
+model = {name}.from_pretrained("path-or-hub-id")  # of this checkpoint
 ```
 """
 

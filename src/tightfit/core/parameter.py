@@ -119,6 +119,11 @@ class Held:
         return twin
 
 
+def has_sharded(model: nn.Module) -> bool:
+    """Whether a parameter of the model is a DTensor."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
+
+
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether the tensor is a DTensor."""
     return type(tensor).__name__ == "DTensor" or type(tensor.data).__name__ == "DTensor"

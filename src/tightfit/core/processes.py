@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch.distributed as dist
 from torch import nn
 
@@ -9,6 +11,11 @@ from torch import nn
 def count() -> int:
     """Processes of the run; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def launched() -> int:
+    """Processes that the launcher said it starts, before there is a group; 1 where nothing was said."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tightfit.core import hfmodel
-from tightfit.core.artifacts import replacing, tensor_digest
+from tightfit.core.artifacts import TENSOR_FILE, replacing, tensor_digest
 from tightfit.core.errors import StateError, shorten
 
 FILE = "tightfit_trained.safetensors"
@@ -38,7 +38,7 @@ def add_missing(model: nn.Module, checkpoint: Path) -> None:
     if not checkpoint.is_dir():  # another process writes, or a search for settings has folders of its own
         return
     written: set[str] = set()
-    for path in checkpoint.glob("*model*.safetensors"):
+    for path in (*checkpoint.glob("*model*.safetensors"), *checkpoint.glob(TENSOR_FILE)):
         with safe_open(path, "pt") as file:
             written.update(file.keys())
     missing = {

@@ -19,7 +19,7 @@ from tightfit.core.edits import Claim, Edit, Handle, is_planning
 from tightfit.core.errors import StateError, UnsupportedModelError, shorten
 from tightfit.core.fields import check_bool, check_float, check_int, check_selector, near
 from tightfit.core.later import Later
-from tightfit.core.parameter import is_sharded, whole
+from tightfit.core.parameter import has_sharded, is_sharded, whole
 from tightfit.core.quantised import is_quantised
 from tightfit.core.select import select
 from tightfit.core.transform import Context, Slot, Transform
@@ -259,7 +259,7 @@ class _AdapterHandle(Handle):
         vars(model).pop("peft_config", None)
 
     def before_merge(self, model: nn.Module, verb: str) -> None:
-        if verb == "merge" and any(is_sharded(parameter) for parameter in model.parameters()):
+        if verb == "merge" and has_sharded(model):
             raise StateError(
                 f"merge(): the parameters of this {type(model).__name__} are sharded, and adapters cannot be added to "
                 f"parts of them; use export(folder), which gathers them"
@@ -282,7 +282,7 @@ class _AdapterHandle(Handle):
         for name, layer in layers.items():
             _refuse_packed("export", name, layer)
         # one layer is merged at a time, when it is written; sharded ones now, where all processes take part
-        waits = not any(is_sharded(parameter) for parameter in model.parameters())
+        waits = not has_sharded(model)
         last = _LastMerged()
         for name, layer in layers.items():
             found = _stock_part(layer).state_dict() if waits else _merged(layer).state_dict()

@@ -13,13 +13,18 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
 from tightfit.core.plan import mib
+from tightfit.train.metrics import is_score
 from tightfit.train.stopping import StopRequest
 
 if TYPE_CHECKING:
     from tightfit.train.recipe_file import TrainSection
 
 NOT_LOGGED = {
-    *("total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"),
+    "total_flos",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    "train_loss",
     "eval_model_preparation_time",
 }
 """Figures of this process alone, which a run that was resumed has several of."""
@@ -46,7 +51,7 @@ class RunCallback(TrainerCallback):
         if values.keys() - {"epoch"}:
             append_line(self._metrics, {"step": state.global_step, **values})
         place = f"step {state.global_step} of {state.max_steps}, epoch {state.epoch or 0:.2f}"
-        scores = {k: v for k, v in values.items() if k.startswith("eval_") and not k.endswith(("_second", "_runtime"))}
+        scores = {k: v for k, v in values.items() if is_score(k)}
         if scores:
             shown = ", ".join(f"{k.removeprefix('eval_')} {v:.4f}" for k, v in scores.items() if isinstance(v, float))
             self._echo(f"{place}: eval {shown}")

@@ -12,6 +12,7 @@ from tightfit.core.artifacts import write_text
 from tightfit.core.plan import mib
 from tightfit.train import folder
 from tightfit.train.marked_yaml import dump_yaml
+from tightfit.train.metrics import is_score
 from tightfit.train.svg import line_plot
 
 if TYPE_CHECKING:
@@ -138,10 +139,8 @@ def write_report(run: Path, result: RunResult | None = None) -> Path:
         parts.append("<p>This run is not finished.</p>")
     losses = _points(rows, "loss")
     parts.append(_figure("Training loss", line_plot(losses, x_label="step", y_label="loss")))
-    names = dict.fromkeys(k for r in rows for k in r if k.startswith("eval_"))
+    names = dict.fromkeys(k for r in rows for k in r if is_score(k))
     for name in names:
-        if name.endswith(("_runtime", "_per_second")):
-            continue
         label = name.removeprefix("eval_")
         plot = line_plot(_points(rows, name), x_label="step", y_label=label, dots=True)
         parts.append(_figure(f"Evaluation: {label}", plot))

@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,13 +36,11 @@ _NO_MEMORY_TEXT = re.compile(r"can't allocate memory|Cannot allocate memory|bad_
 
 def is_no_space(error: BaseException | None) -> bool:
     """Whether an error, or one behind it, says that a file system, a quota or a file-size limit is full."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
-            return True
-        if type(error).__name__ == "SafetensorError" and _NO_SPACE_TEXT.search(str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(
+        (isinstance(cause, OSError) and cause.errno in _NO_SPACE)
+        or (type(cause).__name__ == "SafetensorError" and _NO_SPACE_TEXT.search(str(cause)))
+        for cause in _causes(error)
+    )
 
 
 def no_space(folder: Path, what: str, needed: int | None = None) -> TrainingError:
@@ -66,11 +64,15 @@ def no_space(folder: Path, what: str, needed: int | None = None) -> TrainingErro
 
 def unwritten(error: BaseException | None) -> str:
     """Which file of a run there was no space for."""
+    named = (str(cause.filename) for cause in _causes(error) if isinstance(cause, OSError) and cause.filename)
+    return next(named, "a file of the run")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those behind it."""
     while error is not None:
-        if isinstance(error, OSError) and error.filename:
-            return str(error.filename)
+        yield error
         error = error.__cause__ or error.__context__
-    return "a file of the run"
 
 
 # -- memory -----------------------------------------------------------------------------------------------------

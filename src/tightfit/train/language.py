@@ -54,8 +54,8 @@ def load_causal(file: RecipeFile, tokenizer: Any) -> TaskData:
         if packed:
             blocks = list(_blocks(tokenizer, _documents(texts[split], running), end, length))
             if not blocks:
-                source = (train if split == "train" else held_out).source
-                raise DataError(f"{source}: the model's tokenizer makes no token of the {split} text")
+                name = (train if split == "train" else held_out).source
+                raise DataError(f"{name}: the model's tokenizer makes no token of the {split} text")
             if len(blocks[-1]) == 1 and len(blocks) > 1:
                 blocks.pop()
                 notes.append(f"the very last token of the {split} text stands alone and predicts nothing; left out")

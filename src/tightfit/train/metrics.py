@@ -10,6 +10,11 @@ import numpy as np
 IGNORED = -100
 
 
+def is_score(key: str) -> bool:
+    """Whether a Trainer's figure tells of the model, not of how fast it was evaluated."""
+    return key.startswith("eval_") and not key.endswith(("_runtime", "_per_second", "_preparation_time"))
+
+
 def accuracy(predicted: np.ndarray, wanted: np.ndarray) -> float:
     """Share of equal entries.
 

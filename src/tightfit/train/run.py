@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tightfit.core import processes
 from tightfit.core.apply import Applied, apply
 from tightfit.core.artifacts import load, replacing_folder
 from tightfit.core.errors import ConflictError, RecipeError, SimulationError, TrainingError
@@ -206,7 +206,7 @@ def train(
     except Exception as error:
         if is_no_space(error) and not isinstance(error, TrainingError):
             raise no_space(file.output, unwritten(error)) from error
-        if not is_out_of_memory(error) or _is_one_of_several():
+        if not is_out_of_memory(error) or processes.launched() > 1:
             raise
         del applied, model  # their memory is needed to look for another recipe
         gc.collect()
@@ -365,7 +365,7 @@ def _shape(batch: dict[str, Any]) -> str:
 
 def _join_processes() -> None:
     """Under `accelerate launch`, meet the other processes before any of them writes."""
-    if _is_one_of_several():
+    if processes.launched() > 1:
         from accelerate import PartialState
 
         PartialState()
@@ -382,7 +382,3 @@ def _in_turn(action: Callable[[], None]) -> None:
         if distributed.get_rank() == rank:
             action()
         distributed.barrier()
-
-
-def _is_one_of_several() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1

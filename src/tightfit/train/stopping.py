@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 import time
@@ -11,6 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from tightfit.core import processes
 
 ONE_PRESS_SECONDS = 1.0
 """Under a launcher one Ctrl-C arrives twice, from the terminal and from the launcher."""
@@ -43,7 +44,7 @@ class StopRequest:
     def receive(self, number: int) -> bool:
         """Note a signal; True where it asks to stop at once, which only a second Ctrl-C does."""
         now = time.monotonic()
-        patience = ONE_PRESS_SECONDS if _processes() > 1 else 0.0
+        patience = ONE_PRESS_SECONDS if processes.launched() > 1 else 0.0
         again = self.signal == number == signal.SIGINT and now - self._since > patience
         if not self.signal:
             self.signal, self._since = number, now
@@ -58,10 +59,6 @@ class StopRequest:
         distributed.all_reduce(asked, distributed.ReduceOp.MAX)
         self.signal = self.signal or int(asked)  # one that came meanwhile is agreed on after the next step
         return bool(asked)
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextlib.contextmanager

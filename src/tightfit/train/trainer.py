@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -274,8 +273,6 @@ def build_trainer(
     Raises:
         RecipeError: for sharded training, which checkpoints do not cover.
     """
-    recipe: Any = applied.callback(predicted)
-    recipe.on_save = functools.partial(recipe._pass_on, "on_save")  # a run's own checkpoints lack no weights
     trainer = RunTrainer(
         model=applied.model,
         args=training_arguments(section, folder),
@@ -284,7 +281,7 @@ def build_trainer(
         data_collator=data.collator,
         compute_metrics=metrics_for(data),
         preprocess_logits_for_metrics=preprocess_logits_for(data),
-        callbacks=[recipe, listener, *callbacks, *trackers(section, folder)],
+        callbacks=[applied.callback(predicted), listener, *callbacks, *trackers(section, folder)],
     )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise RecipeError(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tightfit.core import hfmodel
 from tightfit.core.errors import SimulationError
 
 _TASKS = {
@@ -24,7 +25,7 @@ _TASKS = {
 
 def task_of(model: nn.Module) -> str | None:
     """The task a transformers model is made for, read from its class name; None where it says nothing."""
-    model = _inner(model)
+    model = hfmodel.without_peft(model)
     for cls in type(model).__mro__:
         for ending, task in _TASKS.items():
             if cls.__name__.endswith(ending):
@@ -57,7 +58,7 @@ def example_batch(
     """
     if batch_size < 1 or length < 1:
         raise SimulationError(f"batch: got ({batch_size}, {length}), both must be at least 1")
-    config: Any = _inner(model).config
+    config: Any = hfmodel.without_peft(model).config
     task = task_of(model)
     if task == "image":
         side = config.image_size if isinstance(config.image_size, (tuple, list)) else [config.image_size] * 2
@@ -65,7 +66,8 @@ def example_batch(
         return {"pixel_values": pixels, "labels": _labels(config, (batch_size,))}
     if task is None and not _takes_tokens(config):
         raise SimulationError(
-            f"batch: no example batch is known for {type(_inner(model)).__name__}; give a dict of tensors with labels"
+            f"batch: no example batch is known for {type(hfmodel.without_peft(model)).__name__}; give a dict of "
+            f"tensors with labels"
         )
     if not long_rows:
         _check_length(config, length)
@@ -99,11 +101,6 @@ def example_batch(
 
 def _takes_tokens(config) -> bool:
     return isinstance(getattr(config.get_text_config(), "vocab_size", None), int)
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    get_base = getattr(model, "get_base_model", None)
-    return get_base() if callable(get_base) else model
 
 
 def _tokens(config, rows: tuple[int, int]) -> torch.Tensor:

@@ -87,6 +87,11 @@ class Simulation:
     notes: tuple[str, ...] = ()
     _account: Account | None = dataclasses.field(default=None, repr=False, compare=False)
 
+    @property
+    def pass_bytes(self) -> int:
+        """Highest level of forward and backward, recomputation included, without the optimizer's part of the step."""
+        return max(self.phases.get(phase, 0) for phase in ("forward", "backward", "recompute"))
+
     def reserved_bytes(self) -> int:
         """What torch's CUDA caching allocator reserves for two such steps, cuBLAS workspace included.
 

@@ -67,7 +67,7 @@ def places_of(model: nn.Module) -> Places:
     stacks = [stack for stack in hfmodel.stacks(model) if stack[0].startswith(f"{name}.")]
     if len(stacks) != 1:
         raise _refused(model, f"it has {len(stacks)} stacks of blocks")
-    head = getattr(model.get_base_model() if hasattr(model, "get_base_model") else model, "classifier", None)  # type: ignore[operator]
+    head = getattr(hfmodel.without_peft(model), "classifier", None)
     if not isinstance(head, nn.Linear):
         raise _refused(model, "it has no linear `classifier`")
     for block in stacks[0]:

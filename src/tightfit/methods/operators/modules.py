@@ -20,7 +20,7 @@ from tightfit.ops.dropout import dropout
 from tightfit.ops.linear import add_scaled, linear
 from tightfit.ops.norm import layer_norm, rms_norm
 from tightfit.ops.rows import attention_masks, sample_index
-from tightfit.ops.source import cast, detach_source, lasting
+from tightfit.ops.source import cast, detach_source
 
 Found = list[tuple[nn.Module, dict[str, Any]]]
 Chosen = Callable[[str], bool]
@@ -97,12 +97,11 @@ class FusedRMSNorm:
     def forward(self, x):
         state = state_of(self, FusedRMSNorm)  # type: ignore[arg-type]
         weight, stock = self.weight, super().forward  # type: ignore[attr-defined, misc]
-        held = lasting(weight) if torch.is_grad_enabled() else weight
-        rebuild = stock if held is weight else functools.partial(_with_weight, self, held, stock)
+        rebuild = functools.partial(_with_weight, self, stock)
         return rms_norm(x, weight, state["eps"], stock, offset=state["offset"], codec=codec_of(self), rebuild=rebuild)
 
 
-def _with_weight(module: Any, weight: torch.Tensor | None, stock: Callable[..., Any], x: torch.Tensor) -> Any:
+def _with_weight(module: Any, stock: Callable[..., Any], weight: torch.Tensor, x: torch.Tensor) -> Any:
     """The module's forward with another weight, which it may not have itself now."""
     own = module._parameters["weight"]
     module._parameters["weight"] = weight

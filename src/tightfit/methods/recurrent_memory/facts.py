@@ -93,7 +93,7 @@ def facts_of(model: nn.Module) -> Facts:
 
 def _head(model: nn.Module, causal: bool) -> str:
     task = task_of(model)
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    inner = hfmodel.without_peft(model)
     if task == "lm":
         return "causal" if causal and not type(inner).__name__.endswith("ForMaskedLM") else "token"
     if task is None and hfmodel.backbone(model)[1] is model:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tightfit.core import processes
+from tightfit.core import hfmodel, processes
 from tightfit.core.calls import named_call
 from tightfit.core.edits import StackRunner
 from tightfit.core.errors import StateError
@@ -52,7 +52,7 @@ class TunedModel:
         loss = token_loss(logits, labels, request.selection, by_chance=by_chance, items=request.items)
         balance = getattr(out, "aux_loss", None)
         if balance is not None:
-            loss = loss + getattr(_inner(self), "router_aux_loss_coef", 0.0) * balance
+            loss = loss + getattr(hfmodel.without_peft(self), "router_aux_loss_coef", 0.0) * balance
         if isinstance(out, tuple):
             return (loss, *out)
         out.loss = loss
@@ -61,10 +61,6 @@ class TunedModel:
 
 def _active(module: Any) -> bool:
     return module.training and torch.is_grad_enabled()
-
-
-def _inner(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _prepared(model: Any, tuner: Tuner, call: dict[str, Any], request: Request) -> Tensor | None:
@@ -79,7 +75,7 @@ def _prepared(model: Any, tuner: Tuner, call: dict[str, Any], request: Request) 
         request.keep = torch.stack([e.view(-1) for e in ends], 1) if ends else None
     if head == "pooled" and tuner.facts.causal:
         # such a head reads the last token that is not padding, with or without a mask
-        ids, pad = call.get("input_ids"), getattr(_inner(model).config, "pad_token_id", None)
+        ids, pad = call.get("input_ids"), getattr(hfmodel.without_peft(model).config, "pad_token_id", None)
         if torch.is_tensor(ids) and call.get("attention_mask") is None and pad is not None:
             request.real = ids.ne(pad)
     shifted = call.get("shift_labels")
@@ -91,7 +87,7 @@ def _prepared(model: Any, tuner: Tuner, call: dict[str, Any], request: Request) 
     request.rows, request.labelled, call["labels"] = True, targets.ne(-100), None
     if head == "seq2seq":
         if call.get("decoder_input_ids") is None and call.get("decoder_inputs_embeds") is None:
-            call["decoder_input_ids"] = _inner(model).prepare_decoder_input_ids_from_labels(labels)
+            call["decoder_input_ids"] = hfmodel.without_peft(model).prepare_decoder_input_ids_from_labels(labels)
         if call.get("decoder_attention_mask") is None:
             request.real = targets.ne(-100)
     return targets

@@ -114,7 +114,7 @@ def facts_of(model: nn.Module) -> Facts:
 
 def _head(model: nn.Module, task: str | None) -> str:
     if task == "lm":
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        inner = hfmodel.without_peft(model)
         masked = any(cls.__name__.endswith("ForMaskedLM") for cls in type(inner).__mro__)
         return "masked" if masked else "causal"
     return {"token": "token", "seq2seq": "seq2seq", "span": "span"}.get(task or "", "pooled")

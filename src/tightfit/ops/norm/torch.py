@@ -6,6 +6,7 @@ scale of each row, and the linear layers behind apply weight and bias again.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -150,7 +151,7 @@ def rms_norm(
     *,
     offset: float = 0.0,
     codec: Codec | None = None,
-    rebuild: Callable[[Tensor], Tensor] | None = None,
+    rebuild: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """A model's own root-mean-square norm, of which only the input is kept.
 
@@ -161,7 +162,8 @@ def rms_norm(
             returned bit for bit.
         offset: 1 where the model stores the weight around zero (Gemma).
         codec: keeps the normalised rows in its code instead of x.
-        rebuild: makes the output again from x, where `stock` cannot any more when backward needs it.
+        rebuild: makes the output again from a copy of the weight and x, where the model may be without its weight
+            when backward needs the output.
 
     The backward is the derivative of that formula in float32 (float64 for float64), as reference.py has it.
 
@@ -175,11 +177,12 @@ def rms_norm(
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return stock(x)
+    held: Tensor = lasting(weight)  # type: ignore[assignment]
     if codec is None or not x.numel():
-        return attach(_RMSNorm.apply(x, weight, eps, stock, offset), (x,), rebuild or stock)
+        from_x = stock if rebuild is None or held is weight else functools.partial(rebuild, held)
+        return attach(_RMSNorm.apply(x, weight, eps, stock, offset), (x,), from_x)
     out, *packed = _CodedRMSNorm.apply(x, weight, eps, stock, offset, codec)
     shape, dtype, kind = out.shape, out.dtype, _compute_dtype(x)
-    held: Tensor = lasting(weight)  # type: ignore[assignment]
 
     def again(*kept: Tensor) -> Tensor:
         return codec.decode(kept, shape, kind).mul_(_factor(held, offset, kind)).to(dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 
@@ -10,6 +9,7 @@ import models
 import pytest
 import torch
 from checks.state import assert_same, snapshot
+from fuzzing import ANYTHING, places, put
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -18,16 +18,6 @@ import tightfit
 from tightfit.core import artifacts
 from tightfit.core.artifacts import RECIPE_FILE, TENSOR_FILE
 
-ANYTHING = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from(["Lora", "../../x"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)
 QUICK = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -41,25 +31,6 @@ def good(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base():
     return models.build("bert")
-
-
-def places(document, path=()):
-    """Every place of a JSON document, as the keys that lead to it."""
-    yield path
-    if isinstance(document, dict | list):
-        for key in document if isinstance(document, dict) else range(len(document)):
-            yield from places(document[key], (*path, key))
-
-
-def put(document, path, value):
-    if not path:
-        return value
-    changed = copy.deepcopy(document)
-    holder = changed
-    for key in path[:-1]:
-        holder = holder[key]
-    holder[path[-1]] = value
-    return changed
 
 
 def loads_or_is_refused(base, folder):
