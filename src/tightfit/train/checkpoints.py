@@ -16,10 +16,12 @@ only; `complete.json` guards against what happens to a folder afterwards.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import random
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +29,12 @@ import numpy as np
 import torch
 
 from tightfit.core.artifacts import replacing, replacing_folder, write_text
-from tightfit.core.errors import ArtifactError, StateError
+from tightfit.core.errors import ArtifactError, RecipeError, StateError, TightfitError
 from tightfit.train.failures import is_no_space, no_space
 
 if TYPE_CHECKING:
+    from transformers.trainer_callback import TrainerState
+
     from tightfit.core.apply import Applied
 
 FORMAT = 1
@@ -169,16 +173,109 @@ def read_state(path: Path) -> dict[str, Any]:
     return document
 
 
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's optimizer state into a fresh optimizer over the same parameters."""
+@contextlib.contextmanager
+def intact(path: Path) -> Iterator[None]:
+    """Whatever goes wrong inside, of files that are not what `write_checkpoint` wrote, as one `ArtifactError`."""
+    try:
+        yield
+    except TightfitError:
+        raise
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ArtifactError(
+            f"{path}: the checkpoint is damaged or was changed ({said}); remove that folder to go on from the one "
+            f"before it"
+        ) from error
+
+
+def restore(path: Path, applied: Applied, optimizer: torch.optim.Optimizer, scheduler: Any) -> int:
+    """Put a checkpoint's state into a fresh optimizer and scheduler over the same parameters, and into the recipe.
+
+    Returns:
+        Batches left out in a row before the checkpoint's step ended.
+
+    Raises:
+        ArtifactError: the checkpoint is damaged, or belongs to another recipe.
+    """
+    with intact(path):
+        state = read_state(path)
+        _load_optimizer(path, state["optimizer"], optimizer)
+        _load_parts(path, applied)
+        _refuse_other("scheduler", state["scheduler"], scheduler.state_dict())
+        scheduler.load_state_dict(state["scheduler"])
+        return int(state.get("skipped", 0))
+
+
+def restore_scaler(path: Path, scaler: Any) -> None:
+    """Put a checkpoint's gradient scaler back, where it has one. Raises: ArtifactError."""
+    with intact(path):
+        found = read_state(path)["scaler"]
+        if found is not None:
+            _refuse_other("scaler", found, scaler.state_dict())
+            scaler.load_state_dict(found)
+
+
+def restore_random(path: Path, process: int, processes: int) -> None:
+    """Put a process's random states back. Raises: ArtifactError; RecipeError where others wrote the checkpoint."""
+    with intact(path):
+        states = read_state(path)["random"]
+        if len(states) != processes:
+            raise RecipeError(
+                f"{path}: was written by {len(states)} processes, this run has {processes}; resume with as many"
+            )
+        set_random_state(states[process])
+
+
+def trainer_state(path: Path) -> TrainerState:
+    """The Trainer's state in a checkpoint. Raises: ArtifactError."""
+    from transformers.trainer_callback import TrainerState
+
+    with intact(path):
+        state = TrainerState.load_from_json(str(path / TRAINER_FILE))
+        _refuse_other(TRAINER_FILE, _scalars(state), _scalars(TrainerState()) | {"epoch": 0.0})
+        if f"checkpoint-{state.global_step}" != path.name or not 0 <= state.global_step <= state.max_steps:
+            raise ValueError(f"{TRAINER_FILE} says step {state.global_step} of {state.max_steps}")
+        held = state.stateful_callbacks
+        if not (isinstance(held, dict) and all(isinstance(entry, dict) for entry in state.log_history)):
+            raise ValueError(f"log_history or stateful_callbacks of {TRAINER_FILE} hold what they cannot")
+        return state
+
+
+def _scalars(state: TrainerState) -> dict[str, Any]:
+    names = ("epoch", "global_step", "max_steps", "num_train_epochs", "log_history")
+    return {name: getattr(state, name) for name in names}
+
+
+def _refuse_other(name: str, found: Any, fresh: Any) -> None:
+    """Values may differ; the keys of dictionaries and the kinds of values may not."""
+    if isinstance(fresh, dict):
+        if not isinstance(found, dict) or found.keys() != fresh.keys():
+            raise ValueError(f"{name} has other entries")
+        for key, value in fresh.items():
+            _refuse_other(f"{name}.{key}", found[key], value)
+    elif name.endswith(".params"):  # the optimizer itself compares those
+        return
+    elif _kind(found) is _kind(fresh) is list and fresh:
+        _refuse_other(name, dict(enumerate(found)), dict(enumerate(fresh)))
+    elif _kind(found) is not _kind(fresh):
+        raise ValueError(f"{name} is {repr(found)[:40]}")
+
+
+def _kind(value: Any) -> type:
+    """The type that a value has in JSON, one for all numbers."""
+    kinds: dict[type, type] = {int: float, tuple: list}
+    return kinds.get(type(value), type(value))
+
+
+def _load_optimizer(path: Path, rest: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
     from safetensors.torch import load_file
 
-    rest = read_state(path)["optimizer"]
     groups = optimizer.state_dict()["param_groups"]
     state = join_state(load_file(path / OPTIMIZER_FILE), rest)
-    for group, fresh in zip(state["param_groups"], groups):
+    for number, (group, fresh) in enumerate(zip(state["param_groups"], groups)):
+        _refuse_other(f"param_groups.{number}", group, fresh)
         for key, value in fresh.items():
-            if isinstance(value, tuple) and key in group:
+            if isinstance(value, tuple):
                 group[key] = tuple(group[key])
     try:
         optimizer.load_state_dict(state)
@@ -186,8 +283,7 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
         raise ArtifactError(f"{path}: the optimizer state belongs to another recipe: {error}") from None
 
 
-def load_parts(path: Path, applied: Applied) -> None:
-    """Put a checkpoint's state that methods hold themselves back into an applied recipe."""
+def _load_parts(path: Path, applied: Applied) -> None:
     from safetensors.torch import load_file
 
     file = path / PARTS_FILE

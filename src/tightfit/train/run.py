@@ -23,6 +23,7 @@ from tightfit.core.skeleton import skeleton
 from tightfit.train import checkpoints, folder
 from tightfit.train.data import TaskData, load_data, longest_batch
 from tightfit.train.failures import is_no_space, is_out_of_memory, no_space, out_of_memory, unwritten
+from tightfit.train.recipe_file import check_optimizer
 from tightfit.train.stopping import StopRequest, stopping_on_signals
 from tightfit.train.tasks import build_model, build_tokenizer, model_path, primary_metric
 
@@ -174,6 +175,7 @@ def train(
     """
     _join_processes()
     folder.check_free(file, resume)
+    check_optimizer(file.train)
     if file.train.precision == "fp16" and not torch.accelerator.is_available():
         raise RecipeError("train.precision: fp16 needs a GPU; on the CPU accepted are fp32 and bf16")
     if file.train.report_to:
@@ -228,21 +230,22 @@ def _run(
     from tightfit.train.bench import measure_applied
     from tightfit.train.callbacks import EvaluationStopped, ProgressBar, RunCallback, evaluation_is_due, scores_at
     from tightfit.train.card import write_card, write_report
-    from tightfit.train.trainer import build_trainer, trainer_state
+    from tightfit.train.trainer import build_trainer
 
     output, data = file.output, prepared.data
     listener, bar = RunCallback(output / folder.METRICS, echo, stop), ProgressBar()
-    folder.rewind_metrics(output, trainer_state(last).global_step if last else 0)
+    state = checkpoints.trainer_state(last) if last else None
+    folder.rewind_metrics(output, state.global_step if state else 0)
     trainer = build_trainer(applied, data, file.train, output, listener, [bar], predicted)
     started = time.perf_counter()
-    done = last is not None and trainer_state(last).global_step >= trainer_state(last).max_steps
+    done = state is not None and state.global_step >= state.max_steps
     scores: dict[str, float] | None = None
     try:
         with stopping_on_signals(stop, echo):
             if done:
-                trainer.state = trainer_state(last)  # type: ignore[arg-type]
+                trainer.state = state  # type: ignore[assignment]
             else:
-                trainer.args.eval_on_start = last is not None and evaluation_is_due(trainer_state(last), file.train)
+                trainer.args.eval_on_start = state is not None and evaluation_is_due(state, file.train)
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
             if not stop:
                 scores = scores_at(trainer.state) or trainer.evaluate()

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tightfit.core.errors import RecipeError, TrainingError
+from tightfit.core.simulate.eight_bit import adamw_8bit, embedding_tables
 from tightfit.train import checkpoints
 from tightfit.train.callbacks import EvaluationStopped, RunCallback
 from tightfit.train.data import longest_batch
@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
-OPTIMIZERS = {"adamw": "adamw_torch", "adamw-fused": "adamw_torch_fused", "sgd": "sgd", "adafactor": "adafactor"}
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw-fused": "adamw_torch_fused",
+    "sgd": "sgd",
+    "adafactor": "adafactor",
+    "adamw-8bit": "adamw_8bit",
+}
 
 
 def training_arguments(section: TrainSection, folder: Path) -> TrainingArguments:
@@ -99,6 +105,13 @@ class RunTrainer(Trainer):
         self._parts: list[Part] = []
         self._losses: list[torch.Tensor] = []
         self._seen_by_a_method = ""
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        if args.optim != OPTIMIZERS["adamw-8bit"]:
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        return adamw_8bit(), options | {"tables": embedding_tables(model)}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         before = checkpoints.random_state()
@@ -222,28 +235,15 @@ class RunTrainer(Trainer):
         if checkpoint is not None:
             assert self.optimizer is not None and self.lr_scheduler is not None
             inner = getattr(self.optimizer, "optimizer", self.optimizer)
-            checkpoints.load_optimizer(Path(checkpoint), inner)
-            checkpoints.load_parts(Path(checkpoint), self.applied)
-            state = checkpoints.read_state(Path(checkpoint))
-            self.lr_scheduler.load_state_dict(state["scheduler"])
-            self.skipped = state.get("skipped", 0)
+            self.skipped = checkpoints.restore(Path(checkpoint), self.applied, inner, self.lr_scheduler)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
-            state = checkpoints.read_state(Path(checkpoint))["scaler"]
-            if state is not None:
-                self.accelerator.scaler.load_state_dict(state)
+            checkpoints.restore_scaler(Path(checkpoint), self.accelerator.scaler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        states = checkpoints.read_state(Path(checkpoint))["random"]
-        if len(states) != self.args.world_size:
-            raise RecipeError(
-                f"{checkpoint}: was written by {len(states)} processes, this run has {self.args.world_size}; resume "
-                f"with as many"
-            )
-        checkpoints.set_random_state(states[self.args.process_index])
+        if checkpoint is not None:
+            checkpoints.restore_random(Path(checkpoint), self.args.process_index, self.args.world_size)
 
 
 def _gathered(state: dict[str, Any]) -> list[dict[str, Any]]:
@@ -337,8 +337,3 @@ def counts_items(model: Any, data: TaskData, device: torch.device) -> bool:
         model.train(was_training)
         checkpoints.set_random_state(before)
     return losses[0] != losses[1]
-
-
-def trainer_state(checkpoint: Path) -> TrainerState:
-    """The Trainer's state in a checkpoint."""
-    return TrainerState.load_from_json(str(checkpoint / checkpoints.TRAINER_FILE))
