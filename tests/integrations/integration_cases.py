@@ -150,15 +150,16 @@ def check_leaves(row: Row, family: str, applied: Any, folder: Path) -> None:
 
 
 def tokenizer() -> Any:
-    """Words w0 to w119 for the ids 0 to 119."""
+    """Words w3 to w118 for the ids 3 to 118; no special one begins as a word does, or it would be found in it."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import PreTrainedTokenizerFast
 
-    inner = Tokenizer(WordLevel({f"w{i}": i for i in range(models.VOCABULARY)}, unk_token="w119"))
+    names = {0: "<pad>", 2: "<eos>", 119: "<unk>"}
+    inner = Tokenizer(WordLevel({names.get(i, f"w{i}"): i for i in range(models.VOCABULARY)}, unk_token="<unk>"))
     inner.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="w0", eos_token="w2", unk_token="w119")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
 def sentences(count: int, length: int = 6, seed: int = 0) -> list[str]:
