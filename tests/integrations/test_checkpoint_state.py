@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import models
 import peft
@@ -10,6 +11,7 @@ import pytest
 import torch
 from integration_cases import assert_same_weights, batches_of, copied, quiet, rows_of, stock
 from integration_runs import Keeps
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 import tightfit
@@ -69,13 +71,50 @@ def test_beside_adapters_the_trainer_writes_what_the_recipe_added(tmp_path):
     assert_same_weights(ends[1], ends[0])
 
 
-def test_rows_in_host_memory_beside_the_users_adapters_are_not_resumed(tmp_path):
+def taken_up(make, recipe, folder, **more):
+    """The weights at the end of an unbroken run, and of one that goes on from its first checkpoint."""
+    ends = []
+    for resume in (None, folder / "checkpoint-2"):
+        model = make()
+        ends.append(run(model, tightfit.apply(model, recipe), folder, resume=resume, **more)[0])
+    return ends
+
+
+@pytest.mark.parametrize("fields", [{}, {"groups": 4}, {"store": "disk"}], ids=str)
+def test_rows_in_host_memory_beside_the_users_adapters_are_resumed(fields, tmp_path):
+    """They, and Adam's state of them, are in none of the Trainer's own files."""
+    whole, again = taken_up(adapted, SparseAdapter(width=96, top_k=8, **fields), tmp_path)
+    assert any(name.endswith("sparse_rows.exp_avg") for name in whole)
+    assert_same_weights(again, whole)
+
+
+def test_rows_in_host_memory_of_a_vit_are_resumed(tmp_path):
+    whole, again = taken_up(lambda: stock("vit"), SparseAdapter(width=96, top_k=8), tmp_path)
+    assert_same_weights(again, whole)
+
+
+@pytest.mark.parametrize("lost", [r".*", r"HostRows/training/"])
+def test_a_run_that_lost_its_rows_does_not_go_on(lost, tmp_path):
     model = adapted()
     run(model, tightfit.apply(model, SparseAdapter(width=96, top_k=8)), tmp_path)
+    file = tmp_path / "checkpoint-2" / FILE
+    left = {name: tensor for name, tensor in load_file(file).items() if not re.match(lost, name)}
+    save_file(left, file)
     model = adapted()
     applied = tightfit.apply(model, SparseAdapter(width=96, top_k=8))
-    with pytest.raises(tightfit.StateError, match=r"adapters only, so what HostRows trained is not there"):
+    with pytest.raises(tightfit.StateError, match=r"HostRows/t.* have not the values of the checkpoint"):
         run(model, applied, tmp_path, resume=tmp_path / "checkpoint-2")
+
+
+def test_the_best_rows_come_back_beside_adapters(tmp_path):
+    model = adapted()
+    applied = tightfit.apply(model, SparseAdapter(width=96, top_k=8))
+    saved = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "rate": 1.0}
+    saved |= {"metric_for_best_model": "loss", "greater_is_better": False}
+    last, trainer = run(model, applied, tmp_path, **saved)
+    assert trainer.state.best_global_step == 2
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
+    assert any(not torch.equal(copied(model)[name], last[name]) for name in last if name.endswith("rows"))
 
 
 def test_the_best_weights_of_a_vit_come_back(tmp_path):

@@ -11,7 +11,6 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from tightfit.core import weights
-from tightfit.core.errors import StateError
 
 if TYPE_CHECKING:
     from tightfit.core.apply import Applied
@@ -42,13 +41,13 @@ class RecipeCallback(TrainerCallback, ExportableState):
 
     def on_save(self, args, state, control, **kwargs):
         if getattr(args, "should_save", False):
-            weights.add_missing(self.applied.model, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            weights.add_missing(self.applied, Path(args.output_dir) / f"checkpoint-{state.global_step}")
         return self._pass_on("on_save", args, state, control, **kwargs)
 
     def on_train_end(self, args, state, control, **kwargs):
         best = getattr(state, "best_model_checkpoint", None)
         if best is not None and args.load_best_model_at_end:
-            weights.read_missing(self.applied.model, Path(best))
+            weights.read_missing(self.applied, Path(best))
         return self._pass_on("on_train_end", args, state, control, **kwargs)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -60,7 +59,7 @@ class RecipeCallback(TrainerCallback, ExportableState):
         saved = {
             "step": self.step,
             "tensors": _as_text(self.applied.state_dict()),
-            "trained": weights.digests(self.applied.model) if self.step else {},
+            "trained": weights.digests(self.applied) if self.step else {},
         }
         return {"args": {}, "attributes": {"saved": saved}}
 
@@ -71,15 +70,9 @@ class RecipeCallback(TrainerCallback, ExportableState):
         saved = found.get("attributes", {}).get("saved") if isinstance(found, dict) else None
         # a run that begins holds the state of its own beginning; one of another step says nothing
         if self.step and saved and saved["step"] == self.step:
-            held_outside = [type(part).__name__ for part in self.applied.parts if part.in_model_state]
-            if held_outside and hasattr(self.applied.model, "peft_config"):
-                raise StateError(
-                    f"the run was resumed, and the Trainer's checkpoints of a PEFT model hold its adapters only, so "
-                    f"what {', '.join(held_outside)} trained is not there; put tightfit.Lora into the recipe instead"
-                )
             self.applied.load_state_dict(_from_text(saved["tensors"]))
             folders = (args.resume_from_checkpoint, f"{args.output_dir}/checkpoint-{self.step}")
-            weights.check(self.applied.model, saved["trained"], [Path(f) for f in folders if isinstance(f, str)])
+            weights.check(self.applied, saved["trained"], [Path(f) for f in folders if isinstance(f, str)])
 
     def _pass_on(self, event: str, args, state, control, **kwargs) -> Any:
         for callback in self.callbacks:
