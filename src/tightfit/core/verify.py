@@ -19,6 +19,7 @@ from tightfit.core.memory import allocation_profile, live_bytes, saved_bytes
 from tightfit.core.recipe import Recipe
 
 if TYPE_CHECKING:
+    from tightfit.core.apply import Applied
     from tightfit.core.plan import Plan
 
 PHASES = ("forward", "backward", "clip", "optimizer", "zero_grad")
@@ -162,9 +163,7 @@ def run_step(
     twin = model if in_place else copy.deepcopy(model)
     applied = apply(twin.to(device).train(), recipe)
     inputs = {k: v.to(device, copy=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-    from tightfit.core.simulate.optimizers import make_optimizer
-
-    stepper = applied.adopt(make_optimizer(optimizer, applied.parameters(), kind))
+    stepper = applied.adopt(_optimizer(optimizer, applied, kind))
 
     def step(phase: Phase = lambda name: contextlib.nullcontext()) -> None:
         for _ in range(accumulate):
@@ -205,6 +204,18 @@ def run_step(
     peak = max(phases.values())
     by_category["temporary"] = max(0, peak - sum(by_category.values()))
     return RealStep(peak, kept, phases, levels, by_category | {"host": 0})
+
+
+def _optimizer(choice: str | Callable, applied: Applied, kind: str) -> torch.optim.Optimizer:
+    from tightfit.core.simulate.eight_bit import adamw_8bit, embedding_tables
+    from tightfit.core.simulate.optimizers import make_optimizer
+
+    if choice != "adamw-8bit":
+        return make_optimizer(choice, applied.parameters(), kind)
+    try:
+        return adamw_8bit()(applied.parameters(), tables=embedding_tables(applied.model), lr=1e-4)
+    except ImportError:
+        raise StateError("verify: a step of 'adamw-8bit' needs bitsandbytes: pip install bitsandbytes") from None
 
 
 def _loss(outputs: Any) -> torch.Tensor:

@@ -15,7 +15,9 @@ import torch
 from tightfit.core.apply import Applied, apply
 from tightfit.core.errors import RecipeError, SimulationError
 from tightfit.core.memory import Measurement, interleave, measure
+from tightfit.core.simulate.eight_bit import adamw_8bit, embedding_tables
 from tightfit.train.data import longest_batch
+from tightfit.train.recipe_file import check_optimizer
 from tightfit.train.run import Echo, Prepared, _shape, autocast_dtype, filled, plan_run, prepare, train
 from tightfit.train.tasks import build_model, primary_metric
 
@@ -110,6 +112,9 @@ def _optimizer(applied: Applied, section: TrainSection) -> torch.optim.Optimizer
         from transformers import Adafactor
 
         return applied.optimizer(Adafactor, lr=rate, weight_decay=decay, scale_parameter=False, relative_step=False)
+    if section.optimizer == "adamw-8bit":
+        tables = embedding_tables(applied.model)
+        return applied.optimizer(adamw_8bit(), lr=rate, weight_decay=decay, tables=tables)
     fused = {"fused": True} if section.optimizer == "adamw-fused" else {}
     return applied.optimizer(torch.optim.AdamW, lr=rate, weight_decay=decay, **fused)
 
@@ -123,6 +128,7 @@ def measure_applied(applied: Applied, batch: dict[str, Any], section: TrainSecti
 
 def measure_recipe(file: RecipeFile) -> dict[str, Any]:
     """Measure one real training step of a recipe file on its longest batch, beside what `plan` says of it."""
+    check_optimizer(file.train)
     prepared = prepare(file)
     model = build_model(file, prepared.data)
     recipe = filled(file.recipe, prepared, model)

@@ -6,6 +6,7 @@ Every complaint is one line: file, line, key, what was given, what is accepted, 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import tempfile
@@ -83,7 +84,8 @@ class TrainSection(_Section):
     `TrainingArguments(bf16=True)` does. `group_by_length` puts examples of about one length into a batch, so that less
     is computed on padding; which ones still differs from epoch to epoch. `non_finite` says what happens when a loss or
     a gradient is not finite: `stop` ends the run before it reaches the weights, `skip` leaves the batch out, at most
-    `max_skipped` times in a row.
+    `max_skipped` times in a row. `optimizer: adamw-8bit` is bitsandbytes' AdamW with a byte for each moment; those of
+    embeddings and of parameters below 4,096 elements stay in fp32.
     """
 
     epochs: Annotated[float, Field(gt=0)] = 3.0
@@ -95,7 +97,7 @@ class TrainSection(_Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    optimizer: Literal["adamw", "adamw-fused", "sgd", "adafactor"] = "adamw"
+    optimizer: Literal["adamw", "adamw-fused", "sgd", "adafactor", "adamw-8bit"] = "adamw"
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     max_length: Count = 128
     max_target_length: Count | None = None
@@ -193,6 +195,12 @@ def read_recipe_file(path: str | Path, overrides: Sequence[str] = ()) -> RecipeF
         raise RecipeError(_explain(error, content, places, path)) from None
     _check_methods(parsed, places, path)
     return _locate(parsed, path)
+
+
+def check_optimizer(section: TrainSection) -> None:
+    """Raise RecipeError for an optimizer whose library is not installed; a plan does not need it."""
+    if section.optimizer == "adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError("train.optimizer: adamw-8bit needs bitsandbytes: pip install bitsandbytes")
 
 
 def write_recipe_file(recipe_file: RecipeFile, path: str | Path) -> None:

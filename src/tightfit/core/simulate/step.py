@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from tightfit.core.errors import SimulationError, TightfitError
 from tightfit.core.simulate import cuda
 from tightfit.core.simulate.attribution import Attribution
 from tightfit.core.simulate.counts import Counts
+from tightfit.core.simulate.eight_bit import embedding_tables, modelled
 from tightfit.core.simulate.optimizers import make_optimizer
 from tightfit.core.simulate.shadow import Faker, answering_masks, fake_copy
 from tightfit.core.simulate.tracker import (
@@ -155,8 +156,12 @@ def _optimizer(model: nn.Module, tracker: Tracker, options: StepOptions) -> torc
     enough to move the state to the start afterwards. Of any other optimizer a first step is run unrecorded.
     """
     parameters = list(model.parameters())
-    optimizer = make_optimizer(options.optimizer, parameters, options.device)
-    if callable(options.optimizer):
+    if not callable(options.optimizer):
+        return make_optimizer(options.optimizer, parameters, options.device, embedding_tables(model))
+    with unset_fake_temporarily():  # tables that it computes are no part of the step
+        made = make_optimizer(options.optimizer, parameters, options.device)
+    optimizer = modelled(made, options.device)
+    if optimizer is made:
         for parameter in parameters:
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
