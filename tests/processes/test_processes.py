@@ -54,10 +54,10 @@ def keys_of(engine: str) -> list[str]:
     return list(first.values())
 
 
-def launch(engine: str, keys, folder: Path, timeout: float) -> list[tuple[dict, dict]]:
-    """What both processes found, case by case."""
+def launch(worker: str, engine: str, keys, folder: Path, timeout: float) -> list[tuple[dict, dict]]:
+    """What both processes of a worker found, case by case."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(Path(__file__).parent / "worker.py"), engine, str(folder), *keys]
+    command += [str(Path(__file__).parent / worker), engine, str(folder), *keys]
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     with (folder / "output.txt").open("w") as output:
@@ -141,7 +141,7 @@ def alone(tmp_path_factory):
 
 def outcomes(engine: str, keys, folder: Path, alone, timeout: float) -> dict[str, dict]:
     """The verdicts of one launch; all failures together."""
-    results = launch(engine, keys, folder, timeout)
+    results = launch("worker.py", engine, keys, folder, timeout)
     found, failures = {}, []
     for at, (key, both) in enumerate(zip(keys, results)):
         case = pc.CASES[key]
