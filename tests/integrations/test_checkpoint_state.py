@@ -80,7 +80,9 @@ def taken_up(make, recipe, folder, **more):
     return ends
 
 
-@pytest.mark.parametrize("fields", [{}, {"groups": 4}, {"store": "disk"}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, *(pytest.param(f, marks=pytest.mark.slow) for f in ({"groups": 4}, {"store": "disk"}))], ids=str
+)
 def test_rows_in_host_memory_beside_the_users_adapters_are_resumed(fields, tmp_path):
     """They, and Adam's state of them, are in none of the Trainer's own files."""
     whole, again = taken_up(adapted, SparseAdapter(width=96, top_k=8, **fields), tmp_path)

@@ -13,7 +13,7 @@ CHANGED = ("reversible", "reversible-meft1", "recurrent-memory")
 """Recipes under which the model computes something else from the first forward on."""
 HEADS = ("partial-embedding-split", "partial-embedding-pruned")
 """Refused by TRL's trainers."""
-QUICK = ("token-tune", "reversible")
+QUICK = ("reversible",)
 ROWS = [row for row in METHODS if "llama" in row.families and row.name not in HEADS]
 
 
@@ -72,6 +72,7 @@ def test_a_reference_that_is_loaded_is_the_stock_model(name, base):
     assert loss != pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_trl_looks_a_reference_up_by_rows_and_weights_alone(base):
     """As the docs say: a recipe without parameters of its own is given what was computed without it."""
     row = next(row for row in ROWS if row.name == "reversible")
