@@ -22,16 +22,16 @@ SEEDS = (0, 1, 2)
 KEY, VALUE = 3, 4
 SETTINGS: dict[str, Any] = {
     "facts": 2048,
-    "layers": [1, 3],
-    "batch_size": 2,
+    "layers": [3, 4],
+    "batch_size": 4,
     "epochs": 20,
     "learning_rate": 1.0e-3,
-    "sparse_learning_rate": 1.0e-4,
-    "wide": 32768,
+    "sparse_learning_rate": 1.0e-5,
+    "wide": 16384,
     "narrow": 256,
-    "top_k": 24,
+    "top_k": 8,
     "groups": 1,
-    "scale": 60.0,
+    "scale": 1.0e4,
 }
 ADAPTERS = ("sparse", "dense, as wide", "dense, as many rows as on the device")
 
@@ -67,7 +67,7 @@ def adapted(model: Any, name: str, seed: int, settings: dict[str, Any]) -> tuple
     for layer, block in zip(layers, settings["layers"]):
         model.model.layers[block].mlp.register_forward_hook(layer)
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
-    return parameters, torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0), dict
+    return parameters, torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True), dict
 
 
 def table(facts: int, vocabulary: int, seed: int) -> torch.Tensor:
