@@ -129,9 +129,19 @@ def work(
 
 
 def run(
-    tasks: dict[str, dict[str, Any]] = TASKS, seeds: Sequence[int] = SEEDS, name: str = NAME, **changed: Any
+    tasks: dict[str, dict[str, Any]] = TASKS,
+    seeds: Sequence[int] = SEEDS,
+    name: str = NAME,
+    *,
+    first: Sequence[str] = (),
+    **changed: Any,
 ) -> list[dict[str, Any]]:
-    """One row per seed, task and recipe; a row of an earlier call counts as long as its run would be the same."""
+    """One row per seed, task and recipe; a row of an earlier call counts as long as its run would be the same.
+
+    Args:
+        first: groups that come before the others, with all their seeds.
+        changed: training settings that differ from the table's.
+    """
     config = {"tasks": tasks, "groups": GROUPS}
     todo = {}
     for task, recipe, seed, settings, methods in work(tasks, seeds):
@@ -143,7 +153,8 @@ def run(
     def kept(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return sorted((row for row in rows if _key(row) in order), key=lambda row: order[_key(row)])
 
-    for key, row in todo.items():
+    sooner = {recipe for group in first for recipe in GROUPS[group]}
+    for key, row in sorted(todo.items(), key=lambda item: item[1]["recipe"] not in sooner):
         with sharing.taken(name, key) as mine:
             if mine and key not in map(_key, sharing.rows(name)):
                 sharing.add(name, config, trained(row), kept)
