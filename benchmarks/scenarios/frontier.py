@@ -145,8 +145,8 @@ def stepper(shape: str, recipe: str) -> Any:
     return forward_backward(applied(model, recipe), batch)
 
 
-def run(names: tuple[str, ...] = tuple(SHAPES)) -> list[dict[str, Any]]:
-    """One row per shape and recipe: its bytes, and the ratio of its step time to stock's."""
+def run(names: tuple[str, ...] = tuple(SHAPES), *, times: bool = True) -> list[dict[str, Any]]:
+    """One row per shape and recipe: its bytes, and with `times` the ratio of its step time to stock's."""
     from tightfit.core.errors import TightfitError
 
     config = {"rounds": ROUNDS, "shapes": SHAPES, "baselines": list(BASELINES)}
@@ -166,7 +166,7 @@ def run(names: tuple[str, ...] = tuple(SHAPES)) -> list[dict[str, Any]]:
             except (TightfitError, ValueError, TypeError) as error:
                 found = {"refused": str(error)}
             add({"shape": shape, "recipe": recipe, **found})
-    for shape in names:
+    for shape in names if times else ():
         with process(functools.partial(stepper, shape, "stock")) as stock:
             for recipe in RECIPES:
                 row = rows[shape, recipe]
