@@ -145,6 +145,21 @@ def test_a_table_with_8_bit_moments_does_not_grow():
         model(**more)
 
 
+def test_a_table_with_32_bit_moments_does():
+    model = llama()
+    applied = tightfit.apply(model, PartialEmbedding(ids=range(KEPT), unknown="grow", force=True))
+    optimizer = applied.optimizer(adamw_8bit(), lr=1e-2, tables=embedding_tables(model))
+    more = batch()
+    more["input_ids"][0, 0] = KEPT + 5
+    for inputs in (batch(), more):
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    table = model.model.embed_tokens.weight
+    assert len(table) == KEPT + 1 and optimizer.state[table]["state1"].shape == table.shape
+    assert optimizer.state[table]["state1"].dtype == torch.float32
+
+
 def test_tables_keep_32_bits_whatever_another_optimizer_has_registered(monkeypatch):
     model = llama()
     manager = bnb.optim.GlobalOptimManager.get_instance()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +19,7 @@ from tightfit.core.edits import Edit, Handle, ParameterHandle, Part
 from tightfit.core.errors import ConflictError, StateError, shorten
 from tightfit.core.later import made
 from tightfit.core.parameter import gathered, is_sharded
+from tightfit.core.quantised import only_unpacked
 from tightfit.core.recipe import Recipe, as_recipe
 from tightfit.core.tight import is_tight
 from tightfit.core.transform import Context, Transform
@@ -422,6 +424,7 @@ class _StaleCheck:
     """Stops an optimizer whose steps would leave untrained, silently, what the recipe trains.
 
     It still holds a replaced stock parameter, or somebody has frozen what the recipe added, or replaced some of it.
+    Warns where a quantised base trains with nothing added to it, which no one asks for in so many words.
     """
 
     def __init__(self, applied: weakref.ref[Applied]):
@@ -432,7 +435,7 @@ class _StaleCheck:
         applied = self.applied()
         if applied is None:
             return
-        if applied._added and optimizer not in self.seen:
+        if optimizer not in self.seen:
             self._check_added(applied, optimizer)
             self.seen.add(optimizer)
         if not applied._replaced:
@@ -450,6 +453,11 @@ class _StaleCheck:
         now = dict(applied.model.named_parameters())
         own = {id(parameter) for parameter in now.values()}
         if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            return
+        if not applied._added:
+            told = only_unpacked(applied.model)
+            if told:
+                warnings.warn(f"{type(optimizer).__name__}: {told}", UserWarning, stacklevel=2)
             return
         frozen = [name for name, p in applied._added if id(p) in own and not p.requires_grad]
         replaced = [

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def without_peft(model: Any) -> Any:
@@ -200,9 +201,20 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def with_storage(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors whose memory a tensor is: itself, or those inside a wrapper (a packed weight of torchao, a DTensor).
+
+    A wrapper's own storage holds nothing, though it gives the size of the tensor that it stands for.
+    """
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [part for name in names for part in with_storage(getattr(tensor, name))]
+
+
 def unique_storage_bytes(tensors) -> int:
     """Bytes of the distinct storages behind `tensors`."""
-    storages = {storage_key(t): t.untyped_storage().nbytes() for t in tensors}
+    storages = {storage_key(p): p.untyped_storage().nbytes() for t in tensors for p in with_storage(t)}
     return sum(storages.values())
 
 

@@ -162,11 +162,11 @@ def _distinct(tensors) -> list[torch.Tensor]:
     from tightfit.core.host import is_mapped
 
     found: dict[int, torch.Tensor] = {}
-    for tensor in tensors:
+    for tensor in (part for whole in tensors for part in hfmodel.with_storage(whole)):
         try:
             key = hfmodel.storage_key(tensor)
         except (RuntimeError, NotImplementedError):
-            continue  # a tensor without storage (sparse, wrapper subclass)
+            continue  # a tensor without storage (sparse)
         if not is_mapped(tensor):
             found.setdefault(key, tensor)
     return list(found.values())
@@ -179,13 +179,15 @@ def saved_bytes(step: Step) -> int:
     for item in gc.get_objects():
         if issubclass(type(item), nn.Module):
             tensors = [*item._parameters.values(), *item._buffers.values()]
-            own.update(hfmodel.storage_key(t) for t in tensors if t is not None and t.layout == torch.strided)
+            held = [part for t in tensors if t is not None for part in hfmodel.with_storage(t)]
+            own.update(hfmodel.storage_key(t) for t in held if t.layout == torch.strided)
     packed: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own and not isinstance(tensor, nn.Parameter):
-            packed[storage._cdata] = storage  # held, so that an address is not used twice
+        for part in hfmodel.with_storage(tensor):
+            storage = part.untyped_storage()
+            if storage._cdata not in own and not isinstance(tensor, nn.Parameter):
+                packed[storage._cdata] = storage  # held, so that an address is not used twice
         return without_graph(tensor)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -14,7 +14,7 @@ from tightfit.core.batch import Batch, check_batch, describe_batch
 from tightfit.core.conflicts import Conflict
 from tightfit.core.edits import planning
 from tightfit.core.errors import SimulationError, StateError
-from tightfit.core.quantised import planned_bytes
+from tightfit.core.quantised import only_unpacked, planned_bytes
 from tightfit.core.recipe import Recipe, as_recipe
 from tightfit.core.skeleton import meta_copy
 from tightfit.core.transform import Transform
@@ -244,7 +244,9 @@ class Draft:
         found = simulate(self.applied.model, self._inputs(batch), optimizer=optimizer, **options)
         by_category = dict.fromkeys(CATEGORIES, 0) | found.by_category
         by_category["host"] += self._host_bytes()
-        return Plan(**shared, peak_bytes=found.peak_bytes, by_category=by_category, simulation=found, notes=found.notes)
+        told = None if self.applied._added else only_unpacked(self.applied.model)
+        notes = (*found.notes, told) if told else found.notes
+        return Plan(**shared, peak_bytes=found.peak_bytes, by_category=by_category, simulation=found, notes=notes)
 
     def measured(self, batch: Batch, optimizer: str | Callable, options: dict[str, Any], reason: Exception) -> Plan:
         """The plan as real steps give it, run on a copy of the model because of `reason`."""

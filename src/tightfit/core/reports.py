@@ -170,14 +170,15 @@ class StepReports(TrainerCallback):
         if not self._sampling or self._saved is not None or not torch.is_grad_enabled():
             return
         self._input_bytes = sum(t.untyped_storage().nbytes() for t in inputs if torch.is_tensor(t))
-        own = {hfmodel.storage_key(t) for t in (*model.parameters(), *model.buffers()) if t.layout == torch.strided}
+        held = [part for t in (*model.parameters(), *model.buffers()) for part in hfmodel.with_storage(t)]
+        own = {hfmodel.storage_key(t) for t in held if t.layout == torch.strided}
         saved: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.layout == torch.strided and not isinstance(tensor, torch.nn.Parameter):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in own:
-                    saved[storage._cdata] = storage.nbytes()
+                for storage in (part.untyped_storage() for part in hfmodel.with_storage(tensor)):
+                    if storage._cdata not in own:
+                        saved[storage._cdata] = storage.nbytes()
             return without_graph(tensor)
 
         self._saved = saved

@@ -16,6 +16,7 @@ from tightfit.core import hfmodel
 from tightfit.core.apply import apply
 from tightfit.core.errors import ConflictError, StateError
 from tightfit.core.memory import allocation_profile, live_bytes, saved_bytes
+from tightfit.core.quantised import state_bytes
 from tightfit.core.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def _loss(outputs: Any) -> torch.Tensor:
 
 def _own_bytes(model: nn.Module, kind: str) -> int:
     tensors = (*model.parameters(), *model.buffers())
-    return hfmodel.unique_storage_bytes(t for t in tensors if t.device.type == kind)
+    return hfmodel.unique_storage_bytes(t for t in tensors if t.device.type == kind) + state_bytes(model)
 
 
 def _levels_cpu(step: Callable[[Phase], None]) -> dict[str, list[int]]:
