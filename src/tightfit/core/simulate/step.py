@@ -116,7 +116,7 @@ def _run(model, inputs, optimizer, tracker: Tracker, options: StepOptions) -> No
                 loss = _loss(model(**inputs), options)
             tracker.begin(BACKWARD)
             loss.backward()
-            del loss  # and with it what the graph's nodes hold beside the tensors that backward frees
+            loss = loss.detach()  # the graph's nodes go, and what they hold beside the tensors that backward frees
     parameters = [p for p in model.parameters() if p.requires_grad]
     tracker.mark((p.grad for p in parameters if p.grad is not None), "gradients")
     for parameter in parameters:
