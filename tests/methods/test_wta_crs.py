@@ -406,3 +406,33 @@ def test_bad_places():
         tightfit.apply(models.build("bert"), [WtaCrs(), tightfit.Velora(groups=4, where="query")])
     both = [WtaCrs(where="key"), tightfit.Velora(groups=4, where="query")]
     tightfit.apply(models.build("bert"), both).remove()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [WtaCrs(min_rows=4, scores="running"), WtaCrs(min_rows=4, scores="cache", examples=8), WtaCrs(budget="auto")],
+    ids=["running", "cache", "auto"],
+)
+def test_what_was_seen_is_saved_and_loaded(recipe, tmp_path):
+    def fresh():
+        torch.manual_seed(0)
+        config = hf.BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+        return hf.BertForSequenceClassification(config).train()
+
+    def step(applied):
+        batch = {"input_ids": torch.arange(32).view(4, 8) + 5, "labels": torch.arange(4) % 2}
+        index = {"sample_index": torch.arange(4)} if recipe.scores == "cache" else {}
+        applied.model(**batch, **index).loss.backward()
+
+    begun, trained = tightfit.apply(fresh(), recipe), tightfit.apply(fresh(), recipe)
+    step(trained)
+    begun.save(tmp_path / "begun")
+    trained.save(tmp_path / "trained")
+    assert tightfit.load(fresh(), tmp_path / "begun").state_dict().keys() == begun.state_dict().keys()
+    again = tightfit.load(fresh(), tmp_path / "trained")
+    seen = [key for key in trained.state_dict() if not key.endswith("budget")]
+    assert any(trained.state_dict()[key].numel() for key in seen)  # of siblings the first one sees for all
+    for key in seen:
+        assert begun.state_dict()[key].numel() == 0
+        assert torch.equal(again.state_dict()[key].nan_to_num(), trained.state_dict()[key].nan_to_num())
+    step(again)

@@ -357,3 +357,14 @@ def test_without_bitsandbytes_a_run_is_refused_and_a_plan_is_not(project, tmp_pa
     assert not (tmp_path / "run").exists()
     prepared = prepare(file)
     assert plan_run(file, prepared, file.recipe, build_skeleton(file, prepared.data)).peak_bytes > 0
+
+
+def test_packed_moments_of_a_stock_table_are_not_adopted():
+    model = llama()
+    early = bnb.optim.AdamW8bit(model.parameters(), lr=1e-3, min_8bit_size=1)
+    model(**batch()).loss.backward()
+    early.step()
+    early.zero_grad()
+    applied = tightfit.apply(model, RECIPES["PartialEmbedding"])
+    with pytest.raises(StateError, match=r"AdamW8bit keeps 'state1' of .*embed_tokens.* packed .*applied.optimizer"):
+        applied.adopt(early)

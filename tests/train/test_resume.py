@@ -13,7 +13,10 @@ import pytest
 import torch
 from runs import project, recipe_file
 from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification
+from transformers.trainer_callback import TrainerState
 
+import tightfit
 from tightfit.core.errors import ArtifactError, RecipeError, TrainingError
 from tightfit.train import callbacks, checkpoints, trainer
 from tightfit.train.folder import read_metrics, read_run
@@ -35,6 +38,18 @@ def stop_in_step(monkeypatch, number):
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(trainer.RunTrainer, "training_step", step)
+
+
+def small_bert():
+    torch.manual_seed(0)
+    # 64: narrower inputs are kept whole
+    config = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    return BertForSequenceClassification(config).train()
+
+
+def small_batch(seed):
+    ids = torch.randint(50, (4, 8), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "labels": torch.arange(4) % 2}
 
 
 def weights(path):
@@ -195,6 +210,40 @@ def test_optimizer_state_survives_and_what_cannot_be_written_is_refused(tmp_path
     (tmp_path / "checkpoint-1" / "state.json").write_text('{"tightfit_checkpoint": 1, "opt')
     with pytest.raises(ArtifactError, match="damaged"):
         checkpoints.read_state(tmp_path / "checkpoint-1")
+
+
+def test_each_process_gets_its_own_scores_back(tmp_path):
+    recipe = tightfit.WtaCrs(scores="running", min_rows=4)
+
+    def process(seed, steps):
+        applied = tightfit.apply(small_bert(), recipe)
+        optimizer = applied.optimizer(lr=1e-3)
+        for step in range(steps):
+            applied.model(**small_batch(seed + step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return applied, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+    (first, optimizer, scheduler), (second, *_) = process(0, 2), process(5, 2)
+    kept = [first.state_dict(), second.state_dict()]
+    assert kept[0].keys() == kept[1].keys() and len(kept[0]) > 0
+    path = checkpoints.write_checkpoint(
+        tmp_path,
+        first,
+        step=2,
+        trainer_state=TrainerState(global_step=2, max_steps=4, epoch=0.5),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        random_states=[checkpoints.random_state()] * 2,
+        kept=kept,
+    )
+    assert (path / "process-1.safetensors").exists() and not (path / "process-0.safetensors").exists()
+    for number in (0, 1):
+        applied = tightfit.load(small_bert(), path)
+        optimizer = applied.optimizer(lr=1e-3)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        checkpoints.restore(path, applied, optimizer, scheduler, number)
+        assert same(applied.state_dict(), kept[number]) and not same(applied.state_dict(), kept[1 - number])
 
 
 def test_random_states_go_through_json():

@@ -204,8 +204,19 @@ class ParameterHandle(Handle):
             _put(module, attribute, self.original)
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
-        """Put the stand-in into the optimizer in the place of the stock parameter, with its rows of the state."""
+        """Put the stand-in into the optimizer in the place of the stock parameter, with its rows of the state.
+
+        Raises:
+            StateError: the optimizer has packed the state of the stock parameter, which has no rows to take.
+        """
         small = self.current()
+        for key, value in optimizer.state.get(self.original, {}).items():
+            if torch.is_tensor(value) and value.numel() > 1 and not value.is_floating_point():
+                raise StateError(
+                    f"adopt(): {type(optimizer).__name__} keeps {key!r} of {self.name} packed ({value.dtype}), from "
+                    f"which no rows can be taken; make the optimizer after apply, before its first step, with "
+                    f"applied.optimizer(...)"
+                )
         for group in optimizer.param_groups:
             group["params"] = [small if p is self.original else p for p in group["params"]]
         state = optimizer.state.pop(self.original, None)

@@ -152,8 +152,8 @@ class Sampling(Part):
         for name, codec in self.codecs.items():
             if codec.scores is not None:
                 found |= {f"{name}/{key}": value for key, value in codec.scores.tensors().items()}
-            if codec.noise is not None:
-                found[f"{name}/noise"] = codec.noise
+            if codec.watch:  # the same names before anything was seen
+                found[f"{name}/noise"] = torch.empty(0) if codec.noise is None else codec.noise
                 found[f"{name}/budget"] = torch.tensor(codec.budget, dtype=torch.float64)
         return found
 
@@ -163,8 +163,8 @@ class Sampling(Part):
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             if codec.scores is not None:
                 codec.scores.load(own)
-            codec.noise = own.get("noise")
-            if "budget" in own:
+            if codec.watch:
+                codec.noise = own["noise"] if own["noise"].numel() else None
                 codec.budget = own["budget"].item()
 
     def host_bytes(self) -> int:

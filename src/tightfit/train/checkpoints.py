@@ -6,6 +6,7 @@ A checkpoint is a folder `checkpoint-<step>`:
     optimizer.safetensors               tensors of the optimizer's state
     state.json                          the rest of it, scheduler, gradient scaler, random states
     parts.safetensors                   optimizer state that methods hold themselves, where there is some
+    process-<n>.safetensors             what methods keep in process n, where it is not what they keep in process 0
     trainer_state.json                  the Trainer's own state
     complete.json                       the files and their sizes, written last
 
@@ -21,7 +22,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ def write_checkpoint(
     scheduler: Any,
     scaler: Any = None,
     random_states: list[dict[str, Any]],
+    kept: Sequence[dict[str, torch.Tensor]] = (),
     skipped: int = 0,
 ) -> Path:
     """Write `checkpoint-<step>` into `folder`, all or nothing; a damaged one of the same step is replaced.
@@ -64,6 +66,7 @@ def write_checkpoint(
     Args:
         trainer_state: a `transformers.TrainerState`.
         random_states: `random_state()` of every process, in the order of their ranks.
+        kept: `Applied.state_dict()` of every process, in the same order; none where there is one process.
         skipped: batches left out in a row before this step's end.
 
     Raises:
@@ -90,13 +93,18 @@ def write_checkpoint(
         text = json.dumps(document)
     except TypeError as error:
         raise StateError(f"checkpoint of step {step}: optimizer or scheduler cannot be saved: {error}") from error
-    held = _part_tensors(applied)
+    files = {OPTIMIZER_FILE: tensors}
+    if held := _part_tensors(applied):
+        files[PARTS_FILE] = held
+    for rank, own in enumerate(kept):
+        if not _same(own, kept[0]):
+            files[_process_file(rank)] = {key: tensor.contiguous() for key, tensor in own.items()}
     try:
-        _write(path, applied, tensors, held, text, trainer_state)
+        _write(path, applied, files, text, trainer_state)
     except Exception as error:
         if not is_no_space(error):
             raise
-        needed = own_bytes(applied) + sum(t.nbytes for t in (*tensors.values(), *held.values())) + len(text)
+        needed = own_bytes(applied) + sum(t.nbytes for held in files.values() for t in held.values()) + len(text)
         raise no_space(folder, f"the checkpoint of step {step}", needed) from error
     return path
 
@@ -109,22 +117,15 @@ def own_bytes(applied: Applied) -> int:
 
 
 def _write(
-    path: Path,
-    applied: Applied,
-    tensors: dict[str, torch.Tensor],
-    held: dict[str, torch.Tensor],
-    text: str,
-    trainer_state: Any,
+    path: Path, applied: Applied, files: dict[str, dict[str, torch.Tensor]], text: str, trainer_state: Any
 ) -> None:
     from safetensors.torch import save_file
 
     with replacing_folder(path) as temporary:
         applied.save(temporary)
-        with replacing(temporary / OPTIMIZER_FILE) as file:
-            save_file(tensors, file)
-        if held:
-            with replacing(temporary / PARTS_FILE) as file:
-                save_file(held, file)
+        for name, tensors in files.items():
+            with replacing(temporary / name) as file:
+                save_file(tensors, file)
         write_text(temporary / STATE_FILE, text)
         trainer_state.save_to_json(str(temporary / TRAINER_FILE))
         sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
@@ -188,8 +189,11 @@ def intact(path: Path) -> Iterator[None]:
         ) from error
 
 
-def restore(path: Path, applied: Applied, optimizer: torch.optim.Optimizer, scheduler: Any) -> int:
+def restore(path: Path, applied: Applied, optimizer: torch.optim.Optimizer, scheduler: Any, process: int = 0) -> int:
     """Put a checkpoint's state into a fresh optimizer and scheduler over the same parameters, and into the recipe.
+
+    Args:
+        process: the number of this one.
 
     Returns:
         Batches left out in a row before the checkpoint's step ended.
@@ -200,7 +204,7 @@ def restore(path: Path, applied: Applied, optimizer: torch.optim.Optimizer, sche
     with intact(path):
         state = read_state(path)
         _load_optimizer(path, state["optimizer"], optimizer)
-        _load_parts(path, applied)
+        _load_parts(path, applied, process)
         _refuse_other("scheduler", state["scheduler"], scheduler.state_dict())
         scheduler.load_state_dict(state["scheduler"])
         return int(state.get("skipped", 0))
@@ -283,7 +287,7 @@ def _load_optimizer(path: Path, rest: dict[str, Any], optimizer: torch.optim.Opt
         raise ArtifactError(f"{path}: the optimizer state belongs to another recipe: {error}") from None
 
 
-def _load_parts(path: Path, applied: Applied) -> None:
+def _load_parts(path: Path, applied: Applied, process: int) -> None:
     from safetensors.torch import load_file
 
     file = path / PARTS_FILE
@@ -291,6 +295,16 @@ def _load_parts(path: Path, applied: Applied) -> None:
     for part in applied.parts:
         prefix = f"{type(part).__name__}/"
         part.load_training_tensors({k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)})
+    if (path / _process_file(process)).exists():
+        applied.load_state_dict(load_file(path / _process_file(process)))
+
+
+def _process_file(process: int) -> str:
+    return f"process-{process}.safetensors"
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def _part_tensors(applied: Applied) -> dict[str, torch.Tensor]:

@@ -211,7 +211,7 @@ class RunTrainer(Trainer):
                 f"that; {self._newest()}; lower train.learning_rate, or use precision bf16 or fp32"
             )
         self.store_flos()
-        states = _gathered(checkpoints.random_state())
+        states, kept = _gathered(checkpoints.random_state()), _gathered(self.applied.state_dict())
         if self.args.should_save:
             folder = Path(str(self.args.output_dir))
             checkpoints.write_checkpoint(
@@ -223,6 +223,7 @@ class RunTrainer(Trainer):
                 scheduler=self.lr_scheduler,
                 scaler=self.accelerator.scaler,
                 random_states=states,
+                kept=kept,
                 skipped=self.skipped,
             )
             checkpoints.drop_old(folder)
@@ -235,7 +236,9 @@ class RunTrainer(Trainer):
         if checkpoint is not None:
             assert self.optimizer is not None and self.lr_scheduler is not None
             inner = getattr(self.optimizer, "optimizer", self.optimizer)
-            self.skipped = checkpoints.restore(Path(checkpoint), self.applied, inner, self.lr_scheduler)
+            self.skipped = checkpoints.restore(
+                Path(checkpoint), self.applied, inner, self.lr_scheduler, self.args.process_index
+            )
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
@@ -247,6 +250,7 @@ class RunTrainer(Trainer):
 
 
 def _gathered(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The states of every process, in all of them."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return [state]

@@ -28,7 +28,7 @@ class Scores:
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it has learnt, to be saved."""
+        """What it has learnt, to be saved: always the same names, with empty tensors where nothing was seen."""
         raise NotImplementedError
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -69,10 +69,10 @@ class Running(Scores):
         self.mean = torch.cat([mixed, known[length:]])
 
     def tensors(self):
-        return {} if self.mean is None else {"mean": self.mean}
+        return {"mean": torch.empty(0) if self.mean is None else self.mean}
 
     def load(self, tensors):
-        self.mean = tensors.get("mean")
+        self.mean = _seen(tensors["mean"])
 
 
 class Cached(Scores):
@@ -120,10 +120,14 @@ class Cached(Scores):
             self.lengths.index_copy_(0, kept[0].to("cpu"), now)
 
     def tensors(self):
-        return {} if self.lengths is None else {"lengths": self.lengths}
+        return {"lengths": torch.empty(0, 0, dtype=torch.bfloat16) if self.lengths is None else self.lengths}
 
     def load(self, tensors):
-        self.lengths = tensors.get("lengths")
+        self.lengths = _seen(tensors["lengths"])
+
+
+def _seen(tensor: Tensor) -> Tensor | None:
+    return tensor if tensor.numel() else None
 
 
 _index: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("index", default=None)
