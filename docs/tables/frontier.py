@@ -18,8 +18,8 @@ def steps(result: dict[str, Any]) -> str:
 
 
 def _planned(result: dict[str, Any], key: str) -> str:
-    shapes = list(result["config"]["shapes"])
     found = {(row["shape"], row["recipe"]): row for row in result["rows"]}
+    shapes = [shape for shape in result["config"]["shapes"] if (shape, "stock") in found]
     lines = []
     for recipe in dict.fromkeys(row["recipe"] for row in result["rows"]):
         cells = []
