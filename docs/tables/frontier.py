@@ -19,9 +19,10 @@ def steps(result: dict[str, Any]) -> str:
 
 def _planned(result: dict[str, Any], key: str) -> str:
     found = {(row["shape"], row["recipe"]): row for row in result["rows"]}
-    shapes = [shape for shape in result["config"]["shapes"] if (shape, "stock") in found]
+    recipes = list(dict.fromkeys(row["recipe"] for row in result["rows"]))
+    shapes = [s for s in result["config"]["shapes"] if all((s, recipe) in found for recipe in recipes)]
     lines = []
-    for recipe in dict.fromkeys(row["recipe"] for row in result["rows"]):
+    for recipe in recipes:
         cells = []
         for shape in shapes:
             row, stock = found.get((shape, recipe), {}), found.get((shape, "stock"), {})
