@@ -23,6 +23,8 @@ from tightfit.train.folder import read_metrics, read_run
 from tightfit.train.run import train
 from tightfit.train.stopping import StopRequest, Terminated
 
+pytestmark = pytest.mark.usefixtures("the_weights")
+
 
 class Killed(Exception):
     pass
@@ -340,8 +342,6 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from runs import recipe_file
 from tightfit.train import trainer, run
-
-pytestmark = pytest.mark.usefixtures("the_weights")
 real = trainer.RunTrainer.training_step
 def step(self, *args, **kwargs):
     if self.state.global_step == {step}:

@@ -265,6 +265,7 @@ class Applied:
             if not part.in_model_state
             for kind, tensors in (("tensors", part.tensors()), ("training", part.training_tensors()))
             for key, tensor in tensors.items()
+            if tensor.numel()  # nothing was seen yet; it would have another shape than what is read into it
         }
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:

@@ -163,8 +163,9 @@ class Sampling(Part):
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             if codec.scores is not None:
                 codec.scores.load(own)
-            if codec.watch:
-                codec.noise = own["noise"] if own["noise"].numel() else None
+            if codec.watch and "budget" in own:
+                noise = own.get("noise")
+                codec.noise = noise if noise is not None and noise.numel() else None
                 codec.budget = own["budget"].item()
 
     def host_bytes(self) -> int:

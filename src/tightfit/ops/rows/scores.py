@@ -72,7 +72,7 @@ class Running(Scores):
         return {"mean": torch.empty(0) if self.mean is None else self.mean}
 
     def load(self, tensors):
-        self.mean = _seen(tensors["mean"])
+        self.mean = _seen(tensors.get("mean"))
 
 
 class Cached(Scores):
@@ -123,11 +123,11 @@ class Cached(Scores):
         return {"lengths": torch.empty(0, 0, dtype=torch.bfloat16) if self.lengths is None else self.lengths}
 
     def load(self, tensors):
-        self.lengths = _seen(tensors["lengths"])
+        self.lengths = _seen(tensors.get("lengths"))
 
 
-def _seen(tensor: Tensor) -> Tensor | None:
-    return tensor if tensor.numel() else None
+def _seen(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is not None and tensor.numel() else None
 
 
 _index: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("index", default=None)
