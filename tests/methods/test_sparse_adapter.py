@@ -167,6 +167,27 @@ def test_the_cap_keeps_rows_of_largest_summed_score_and_says_what_it_dropped():
     assert report["cap_hits"] == 4 and 0 < report["dropped_share"] < 1
 
 
+def test_the_traffic_of_steps_is_counted():
+    model, applied_to_it, part = applied("llama", **WIDE)
+    optimizer = applied_to_it.optimizer(lr=1e-3)
+    batch = models.batch(model)
+    shares = []
+    for _ in range(2):
+        backward(model, batch)
+        shares += [layer.bank.touched.mean() for layer in part.layers]
+        optimizer.step()
+        optimizer.zero_grad()
+    found = part.report()
+    assert found["steps"] == 2 and 0 < found["touched_share"] == pytest.approx(sum(shares) / len(shares))
+    width, number = model.config.hidden_size, next(model.parameters()).element_size()
+    tokens = batch["input_ids"].numel()
+    states, rows = tokens * width * number, 2 * width * number
+    layers = 2 * len(part.layers)
+    # down: hidden states, the mask's numbers, and the gradients of the rows that are on the device
+    assert found["bytes_to_host"] >= layers * states
+    assert found["bytes_to_device"] >= round(found["rows_resident"] * layers) * rows
+
+
 # -- memory strategies -------------------------------------------------------------------------------------------------
 
 

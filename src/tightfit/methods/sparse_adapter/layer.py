@@ -85,7 +85,7 @@ class Run:
         self.mask: Tensor | None = None
         self.ahead: tuple[Record | None, Tensor] | None = None
         self.disabled = False
-        self.forwards = self.selections = self.capped = self.wanted = self.resident = 0
+        self.forwards = self.selections = self.capped = self.wanted = self.resident = self.steps = self.moved = 0
         self.mass = self.dropped = self.seconds = 0.0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:

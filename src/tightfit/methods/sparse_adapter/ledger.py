@@ -97,11 +97,8 @@ class Ledger:
         if record.world is not None and record.world[1]:
             self._world = record.world[0]
         self.receive()
-        if grad.device.type == "cpu":
-            arriving = Arriving(grad)
-        else:
-            self._turn = 1 - self._turn
-            arriving = self.traffic.down(grad, f"gradients {self._turn}")
+        self._turn = 1 - self._turn
+        arriving = self.traffic.down(grad, f"gradients {self._turn}")
         self._arriving.append((layer, record, arriving))
         if grad.device.type == "cpu":
             self.receive()
@@ -256,6 +253,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for layer, lr, factor in _jobs.pop(id(optimizer), ()):
         layer.run.kept.clear()
+        layer.run.steps += 1
+        layer.run.moved += int(layer.bank.touched.sum())
         layer.bank.update(lr, factor, layer.settings.adamw, layer.ledger.traffic.work)
         with torch.no_grad():
             layer.link.zero_()

@@ -131,6 +131,8 @@ class HostRows(Part):
         runs = [layer.run for layer in self.layers]
         selections = sum(run.selections for run in runs)
         mass = sum(run.mass for run in runs)
+        traffic = None if self.ledger is None else self.ledger.traffic
+        moved = sum(layer.run.steps * layer.bank.shape.width for layer in self.layers)
         return {
             "layers": len(self.layers),
             "rows": sum(layer.bank.shape.width for layer in self.layers),
@@ -141,7 +143,10 @@ class HostRows(Part):
             "cap_hits": sum(run.capped for run in runs),
             "dropped_share": sum(run.dropped for run in runs) / mass if mass else 0.0,
             "selection_seconds": sum(run.seconds for run in runs),
-            "bytes_to_device": 0 if self.ledger is None else self.ledger.traffic.bytes_up,
+            "steps": max((run.steps for run in runs), default=0),
+            "touched_share": sum(run.moved for run in runs) / moved if moved else 0.0,
+            "bytes_to_device": 0 if traffic is None else traffic.bytes_up,
+            "bytes_to_host": 0 if traffic is None else traffic.bytes_down,
         }
 
     def host_bytes(self) -> int:

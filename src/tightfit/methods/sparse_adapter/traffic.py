@@ -35,7 +35,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self.work = Workspace()
-        self.bytes_up = 0
+        self.bytes_up = self.bytes_down = 0
         self._pinned: dict[str, tuple[Tensor, Any]] = {}
         self._streams: dict[torch.device, Any] = {}
         self._turn = 0
@@ -48,6 +48,7 @@ class Traffic:
     def down(self, x: Tensor, name: str) -> Arriving:
         """Start copying to the host; on the CPU this is the tensor itself."""
         x = x.detach()
+        self.bytes_down += x.nbytes
         if x.device.type == "cpu":
             return Arriving(x)
         buffer = self._staging(name, tuple(x.shape), x.dtype)
