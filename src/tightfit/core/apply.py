@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tightfit.core import hfmodel
 from tightfit.core.conflicts import Conflict, find_conflicts, repeated
+from tightfit.core.edit import load_part_tensors, part_tensors
 from tightfit.core.edits import Edit, Handle, ParameterHandle, Part
 from tightfit.core.errors import ConflictError, StateError, shorten
 from tightfit.core.later import made
@@ -260,11 +261,8 @@ class Applied:
         """
         self._require_live("state_dict")
         return {
-            f"{type(part).__name__}/{kind}/{key}": tensor.detach().to("cpu", copy=True)
-            for part in self.parts
-            if not part.in_model_state
-            for kind, tensors in (("tensors", part.tensors()), ("training", part.training_tensors()))
-            for key, tensor in tensors.items()
+            key: tensor.detach().to("cpu", copy=True)
+            for key, tensor in part_tensors(part for part in self.parts if not part.in_model_state).items()
             if tensor.numel()  # nothing was seen yet; it would have another shape than what is read into it
         }
 
@@ -275,19 +273,14 @@ class Applied:
             StateError: it is another recipe's.
         """
         self._require_live("load_state_dict")
-        parts = {type(part).__name__: part for part in self.parts if not part.in_model_state}
-        foreign = sorted(key for key in state if key.split("/")[0] not in parts)
+        parts = [part for part in self.parts if not part.in_model_state]
+        names = {type(part).__name__ for part in parts}
+        foreign = sorted(key for key in state if key.split("/")[0] not in names)
         if foreign:
             raise StateError(
                 f"load_state_dict(): {shorten(foreign, 3)} belong to another recipe; this one is {self.recipe}"
             )
-        for name, part in parts.items():
-            kinds = (("tensors", part.load_tensors), ("training", part.load_training_tensors))
-            for kind, load in kinds:
-                prefix = f"{name}/{kind}/"
-                found = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
-                if found:
-                    load(found)
+        load_part_tensors(parts, state)
 
     # -- leaving -----------------------------------------------------------------------------------------------
 

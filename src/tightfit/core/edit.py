@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -76,6 +77,26 @@ class Part:
 
     def optimizer_made(self, optimizer: torch.optim.Optimizer) -> None:
         """Called with every optimizer made over the model's parameters."""
+
+
+def part_tensors(parts: Iterable[Part]) -> dict[str, torch.Tensor]:
+    """What parts keep, for a result and for training, by part, kind and name."""
+    return {
+        f"{type(part).__name__}/{kind}/{key}": tensor
+        for part in parts
+        for kind, tensors in (("tensors", part.tensors()), ("training", part.training_tensors()))
+        for key, tensor in tensors.items()
+    }
+
+
+def load_part_tensors(parts: Iterable[Part], state: Mapping[str, torch.Tensor]) -> None:
+    """Give parts back what `part_tensors` gave, among whatever else; a part of which nothing is there keeps its own."""
+    for part in parts:
+        for kind, load in (("tensors", part.load_tensors), ("training", part.load_training_tensors)):
+            prefix = f"{type(part).__name__}/{kind}/"
+            found = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
+            if found:
+                load(found)
 
 
 class Picker(Part):

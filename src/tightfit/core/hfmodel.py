@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -210,6 +210,12 @@ def with_storage(tensor: torch.Tensor) -> list[torch.Tensor]:
         return [tensor]
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
     return [part for name in names for part in with_storage(getattr(tensor, name))]
+
+
+def storage_keys(tensors: Iterable[torch.Tensor | None]) -> set[int]:
+    """The keys of the storages behind dense tensors, those inside wrappers included; None is passed over."""
+    held = (part for tensor in tensors if tensor is not None for part in with_storage(tensor))
+    return {storage_key(part) for part in held if part.layout == torch.strided}
 
 
 def unique_storage_bytes(tensors) -> int:

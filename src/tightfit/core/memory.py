@@ -178,9 +178,7 @@ def saved_bytes(step: Step) -> int:
     own: set[int] = set()
     for item in gc.get_objects():
         if issubclass(type(item), nn.Module):
-            tensors = [*item._parameters.values(), *item._buffers.values()]
-            held = [part for t in tensors if t is not None for part in hfmodel.with_storage(t)]
-            own.update(hfmodel.storage_key(t) for t in held if t.layout == torch.strided)
+            own |= hfmodel.storage_keys((*item._parameters.values(), *item._buffers.values()))
     packed: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

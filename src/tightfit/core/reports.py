@@ -170,8 +170,7 @@ class StepReports(TrainerCallback):
         if not self._sampling or self._saved is not None or not torch.is_grad_enabled():
             return
         self._input_bytes = sum(t.untyped_storage().nbytes() for t in inputs if torch.is_tensor(t))
-        held = [part for t in (*model.parameters(), *model.buffers()) for part in hfmodel.with_storage(t)]
-        own = {hfmodel.storage_key(t) for t in held if t.layout == torch.strided}
+        own = hfmodel.storage_keys((*model.parameters(), *model.buffers()))
         saved: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:

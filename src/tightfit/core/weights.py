@@ -15,6 +15,7 @@ from torch import nn
 
 from tightfit.core import hfmodel
 from tightfit.core.artifacts import TENSOR_FILE, replacing, tensor_digest
+from tightfit.core.edit import load_part_tensors, part_tensors
 from tightfit.core.errors import StateError, shorten
 
 if TYPE_CHECKING:
@@ -32,13 +33,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def held(applied: Applied) -> dict[str, torch.Tensor]:
     """What parts keep in the model's state dict beside its parameters, by part, kind and name."""
-    return {
-        f"{type(part).__name__}/{kind}/{key}": tensor
-        for part in applied.parts
-        if part.in_model_state
-        for kind, tensors in (("tensors", part.tensors()), ("training", part.training_tensors()))
-        for key, tensor in tensors.items()
-    }
+    return part_tensors(part for part in applied.parts if part.in_model_state)
 
 
 def digests(applied: Applied) -> dict[str, str]:
@@ -81,12 +76,7 @@ def read_missing(applied: Applied, checkpoint: Path) -> None:
         for name, value in found.items():
             if name in own and own[name].shape == value.shape:
                 own[name].copy_(value)
-    for part in applied.parts:
-        for kind, load in (("tensors", part.load_tensors), ("training", part.load_training_tensors)):
-            prefix = f"{type(part).__name__}/{kind}/"
-            tensors = {name.removeprefix(prefix): t for name, t in found.items() if name.startswith(prefix)}
-            if part.in_model_state and tensors:
-                load(tensors)
+    load_part_tensors((part for part in applied.parts if part.in_model_state), found)
 
 
 def check(applied: Applied, saved: dict[str, str], folders: list[Path]) -> None:

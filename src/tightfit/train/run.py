@@ -376,12 +376,8 @@ def _join_processes() -> None:
 
 def _in_turn(action: Callable[[], None]) -> None:
     """Run `action` in the first process, then in the others, once all have come here."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        action()
-        return
-    distributed.barrier()
-    for rank in range(distributed.get_world_size()):
-        if distributed.get_rank() == rank:
+    processes.wait()
+    for rank in range(processes.count()):
+        if processes.rank() == rank:
             action()
-        distributed.barrier()
+        processes.wait()

@@ -10,6 +10,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from tightfit.core import processes
 from tightfit.core.errors import RecipeError, TrainingError
 from tightfit.core.simulate.eight_bit import adamw_8bit, embedding_tables
 from tightfit.train import checkpoints
@@ -211,7 +212,8 @@ class RunTrainer(Trainer):
                 f"that; {self._newest()}; lower train.learning_rate, or use precision bf16 or fp32"
             )
         self.store_flos()
-        states, kept = _gathered(checkpoints.random_state()), _gathered(self.applied.state_dict())
+        states = _gathered(checkpoints.random_state())
+        kept = _gathered(self.applied.state_dict()) if processes.count() > 1 else ()
         if self.args.should_save:
             folder = Path(str(self.args.output_dir))
             checkpoints.write_checkpoint(
@@ -251,11 +253,10 @@ class RunTrainer(Trainer):
 
 def _gathered(state: dict[str, Any]) -> list[dict[str, Any]]:
     """The states of every process, in all of them."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if processes.count() == 1:
         return [state]
-    states: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(states, state)
+    states: list[Any] = [None] * processes.count()
+    torch.distributed.all_gather_object(states, state)
     return states
 
 
