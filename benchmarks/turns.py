@@ -62,8 +62,8 @@ def process(make: Callable[[], Callable[[], None]]) -> Iterator[Callable[[], tup
 
 
 def measured(stock: Callable, other: Callable, rounds: int) -> dict[str, float]:
-    """What rounds stock, case, stock, case ... took, after three to warm up."""
-    found = [(stock(), other()) for _ in range(rounds + 3)][3:]
+    """What rounds stock, case, stock, case ... took, after two to warm up."""
+    found = [(stock(), other()) for _ in range(rounds + 2)][2:]
     base, times = ([row[i][0] for row in found] for i in (0, 1))
     return {
         "measured": statistics.median(b / a for a, b in zip(base, times)),

@@ -18,16 +18,16 @@ from turns import forward_backward, measured, process
 
 NAME = "frontier"
 QUICK = False
-ROUNDS = 5
+ROUNDS = 3
 LLAMA = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "vocab_size": 32_000}
 T5 = {"decoder_start_token_id": 0}
 VIT = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
 SHAPES: dict[str, dict[str, Any]] = {
     "BERT-base, 16 x 128": {"family": "bert", "blocks": 12, "timed_blocks": 3, "size": {}, "batch": (16, 128)},
     "Llama 8 x 512, 4 x 256": {"family": "llama", "blocks": 8, "timed_blocks": 4, "size": LLAMA, "batch": (4, 256)},
-    "Llama 8 x 512, 2 x 1024": {"family": "llama", "blocks": 8, "timed_blocks": 2, "size": LLAMA, "batch": (2, 1024)},
     "T5-small, 8 x 128": {"family": "t5", "blocks": 6, "timed_blocks": 3, "size": T5, "batch": (8, 128)},
     "ViT-small, 16 x 197": {"family": "vit", "blocks": 12, "timed_blocks": 4, "size": VIT, "batch": (16, 197)},
+    "Llama 8 x 512, 2 x 1024": {"family": "llama", "blocks": 8, "timed_blocks": 2, "size": LLAMA, "batch": (2, 1024)},
 }
 LORA: list[Any] = [{"Lora": {}}]
 FUSED: list[Any] = [{"FusedOps": {}}]

@@ -42,7 +42,7 @@ LLAMA: dict[str, Any] = {
     "num_attention_heads": 8,
     "vocab_size": 1000,
 }
-SETTINGS: dict[str, Any] = {"llama": LLAMA, "blocks": (8, 32), "timed_blocks": 6, "batch": (4, 256), "rounds": 9}
+SETTINGS: dict[str, Any] = {"llama": LLAMA, "blocks": (8, 32), "timed_blocks": 6, "batch": (4, 256), "rounds": 7}
 
 
 def build(settings: dict[str, Any], blocks: int, weights: bool):
