@@ -1,95 +1,31 @@
 """Fine-tune the transformer you want in the memory you have."""
 
-from tightfit._version import __version__
-from tightfit.core.apply import Applied, apply
-from tightfit.core.artifacts import load
-from tightfit.core.errors import (
-    ArtifactError,
-    BudgetError,
-    ConflictError,
-    DataError,
-    RecipeError,
-    SelectorError,
-    SimulationError,
-    StateError,
-    TightfitError,
-    TrainingError,
-    UnknownTokenError,
-    UnsupportedModelError,
-)
-from tightfit.core.memory import Measurement, interleave, measure
-from tightfit.core.plan import Plan, plan
-from tightfit.core.reach import largest_batch, longest_sequence
-from tightfit.core.recipe import Recipe, chain
-from tightfit.core.recommend import Choice, recommend
-from tightfit.core.skeleton import skeleton
-from tightfit.core.transform import Slot, Transform
-from tightfit.methods import (
-    Checkpointing,
-    FusedOps,
-    LadderSide,
-    LearnableMemory,
-    Lora,
-    Losa,
-    Mesa,
-    PartialEmbedding,
-    RecurrentMemory,
-    Reversible,
-    Sherl,
-    SparseAdapter,
-    TokenTune,
-    TokenTuringMachine,
-    Velora,
-    WtaCrs,
-    methods,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Applied",
-    "ArtifactError",
-    "BudgetError",
-    "Checkpointing",
-    "Choice",
-    "ConflictError",
-    "DataError",
-    "FusedOps",
-    "LadderSide",
-    "LearnableMemory",
-    "Lora",
-    "Losa",
-    "Measurement",
-    "Mesa",
-    "PartialEmbedding",
-    "Plan",
-    "Recipe",
-    "RecipeError",
-    "RecurrentMemory",
-    "Reversible",
-    "SelectorError",
-    "Sherl",
-    "SimulationError",
-    "Slot",
-    "SparseAdapter",
-    "StateError",
-    "TightfitError",
-    "TokenTune",
-    "TokenTuringMachine",
-    "TrainingError",
-    "Transform",
-    "UnknownTokenError",
-    "UnsupportedModelError",
-    "Velora",
-    "WtaCrs",
-    "__version__",
-    "apply",
-    "chain",
-    "interleave",
-    "largest_batch",
-    "load",
-    "longest_sequence",
-    "measure",
-    "methods",
-    "plan",
-    "recommend",
-    "skeleton",
-]
+from tightfit._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from tightfit import nn as nn
+    from tightfit import presets as presets
+    from tightfit._api import *  # noqa: F403
+
+_MODULES = ("nn", "presets")
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, on its first use: torch and transformers, which all of them need, take seconds to load."""
+    if name in _MODULES:
+        return importlib.import_module(f"tightfit.{name}")
+    if name != "__all__" and name.startswith("_"):
+        raise AttributeError(f"module 'tightfit' has no attribute '{name}'")
+    api = importlib.import_module("tightfit._api")
+    public = {key: getattr(api, key) for key in api.__all__}
+    globals().update(public, __all__=sorted([*public, "__version__"]))
+    if name not in globals():
+        raise AttributeError(f"module 'tightfit' has no attribute '{name}'")
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES, *__getattr__("__all__")})

@@ -71,14 +71,38 @@ def test_the_core_names_no_method():
         assert not used & set(names), path.name
 
 
-def test_importing_is_lean():
-    code = (
-        "import sys, tightfit, torch\n"
-        f"print([name for name in {HEAVY!r} if name in sys.modules], torch.cuda.is_initialized())"
-    )
+def _printed(code: str) -> str:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[] False"
     assert not out.stderr
+    return out.stdout.strip()
+
+
+def test_importing_is_lean():
+    seen = "[name for name in {names!r} if name in sys.modules]"
+    light = seen.format(names=["torch", "transformers"])
+    assert _printed(f"import sys, tightfit\nprint(tightfit.__version__, {light})") == f"{tightfit.__version__} []"
+    heavy = seen.format(names=HEAVY)
+    code = f"import sys, tightfit, torch\ntightfit.apply\nprint({heavy}, torch.cuda.is_initialized())"
+    assert _printed(code) == "[] False"
+
+
+@pytest.mark.parametrize("first", ["tightfit", "tightfit.methods", "tightfit.core.apply"])
+def test_names_are_there_whichever_module_came_first(first):
+    code = (
+        f"import {first}\nimport tightfit\n"
+        "print(len(tightfit.methods()), tightfit.presets.lora, tightfit.nn.TokenTuringStream.__name__)\n"
+        "from tightfit import *\n"
+        "print(apply is tightfit.apply, len(methods()), set(tightfit.__all__) <= set(dir(tightfit)))"
+    )
+    count = len(tightfit.methods())
+    assert _printed(code).splitlines() == [f"{count} Lora TokenTuringStream", f"True {count} True"]
+
+
+def test_an_unknown_name_is_no_attribute():
+    with pytest.raises(AttributeError, match="'tightfit' has no attribute 'aply'"):
+        getattr(tightfit, "aply")  # noqa: B009
+    with pytest.raises(ImportError, match="cannot import name 'aply'"):
+        from tightfit import aply  # noqa: F401
 
 
 def test_every_public_name_is_documented():
@@ -97,7 +121,8 @@ def test_every_public_name_is_documented():
 def _is_ours(name: str) -> bool:
     """A public function or class of the package that the package shows but does not list."""
     item = getattr(tightfit, name)
-    return (inspect.isfunction(item) or inspect.isclass(item)) and name not in tightfit.__all__
+    ours = (inspect.isfunction(item) or inspect.isclass(item)) and item.__module__.startswith("tightfit")
+    return ours and name not in tightfit.__all__
 
 
 def test_public_verbs_show_an_example_and_what_they_raise():
