@@ -98,6 +98,12 @@ def test_names_are_there_whichever_module_came_first(first):
     assert _printed(code).splitlines() == [f"{count} Lora TokenTuringStream", f"True {count} True"]
 
 
+@pytest.mark.parametrize("module", ["core.recipe", "train.recipe_file", "presets"])
+def test_recipes_are_read_whichever_module_came_first(module):
+    code = f"import tightfit.{module}\nfrom tightfit.core.recipe import Recipe\nprint(Recipe.from_list(['Lora']))"
+    assert _printed(code) == "Lora"
+
+
 def test_an_unknown_name_is_no_attribute():
     with pytest.raises(AttributeError, match="'tightfit' has no attribute 'aply'"):
         getattr(tightfit, "aply")  # noqa: B009

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -150,7 +151,8 @@ def as_recipe(recipe: Recipe | Transform | list | tuple | None) -> Recipe:
 
 
 def method_classes() -> dict[str, type[Transform]]:
-    """Every method that has been imported, by class name."""
+    """Every method by class name: this library's, and those of others that have been imported."""
+    importlib.import_module("tightfit.methods")  # or who imported a module of the core alone would find none
     found: dict[str, type[Transform]] = {}
     pending = list(Transform.__subclasses__())
     while pending:
