@@ -28,7 +28,11 @@ TASKS: dict[str, dict[str, Any]] = {
         "epochs": 1,
     },
     "STS-B": {
-        "data": sts_benchmark("en"),
+        "data": {
+            **sts_benchmark("en"),
+            "scale": 0.2,
+            "rows": 2500,
+        },  # of scores up to 5 adapters learn the mean, no more
         "metric": "pearson",
         "epochs": 1,
     },
