@@ -119,10 +119,28 @@ def test_blocks_run_twice_give_the_same(name):
     loss = losses(model, inputs, pos)
     wanted = gradients(model, loss)
     applied.remove()
-    with tightfit.apply(model, TokenTune(ratio=0.5, schedule="block")):
-        found = losses(model, inputs, pos)
-        torch.testing.assert_close(found, loss, rtol=0, atol=1e-12)
-        assert gap(gradients(model, found), wanted) < 1e-12
+    blocks = TokenTune(ratio=0.5, schedule="block")
+    for recipe in (blocks, chain(blocks, Checkpointing()), chain(Checkpointing(), blocks)):
+        with tightfit.apply(model, recipe):
+            found = losses(model, inputs, pos)
+            torch.testing.assert_close(found, loss, rtol=0, atol=1e-12)
+            assert gap(gradients(model, found), wanted) < 1e-12
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def test_checkpointed_blocks_keep_their_inputs_only():
+    def saved(blocks, *recipe):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        size = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 50}
+        model = LlamaForCausalLM(LlamaConfig(**size, num_hidden_layers=blocks)).train()
+        return tightfit.plan(model, list(recipe), batch=(4, 40), optimizer="sgd").simulation.saved_bytes
+
+    tokens = TokenTune(ratio=0.25, schedule="block")
+    kept = (saved(5, tokens, Checkpointing()) - saved(3, tokens, Checkpointing())) / 2
+    inputs = 4 * (40 + 10) * 64 * 4  # of all tokens and of the selected ones
+    assert inputs <= kept <= inputs + 512
+    assert (saved(5, tokens) - saved(3, tokens)) / 2 > 4 * kept
 
 
 @pytest.mark.parametrize("padding", [None, "left"])

@@ -126,6 +126,7 @@ PLANNED = [
     chain(TokenTune(ratio=0.25), FusedOps(), Mesa(attention=True)),
     chain(TokenTune(ratio=0.25), Lora(rank=2), FusedOps(), Checkpointing()),
     TokenTune(ratio=0.25, schedule="block", policy="block"),
+    chain(TokenTune(ratio=0.25, schedule="block"), Lora(rank=2), Checkpointing()),
 ]
 
 

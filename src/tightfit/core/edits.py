@@ -144,13 +144,15 @@ class CallEdit(Edit):
 class StackEdit(Edit):
     """Take over how a stack of blocks is run: the runner sees every block of a forward, with one tape.
 
-    It claims the blocks' recomputation too, because a block that is run by a tape must not also be checkpointed.
+    It claims the blocks' recomputation too, because a block that is run by a tape must not also be checkpointed; but
+    not where the runner checkpoints blocks itself (`checkpoints`) when `asked_to_checkpoint` says so.
     """
 
     slot: Slot = Slot.BLOCKS
     exclusive: bool = True
     blocks: tuple[str, ...]
     runner: Callable[[], StackRunner]
+    checkpoints: bool = False
 
     @property
     def target(self) -> str:
@@ -158,7 +160,8 @@ class StackEdit(Edit):
         return first if len(self.blocks) == 1 else f"{first}..{last}"
 
     def claims(self) -> frozenset[Claim]:
-        return frozenset((slot, block) for block in self.blocks for slot in (self.slot, Slot.RECOMPUTE))
+        slots = (self.slot,) if self.checkpoints else (self.slot, Slot.RECOMPUTE)
+        return frozenset((slot, block) for block in self.blocks for slot in slots)
 
     def run(self, model: nn.Module) -> Handle:
         modules = [model.get_submodule(name) for name in self.blocks]

@@ -49,7 +49,9 @@ class StackState:
 class StackMixin:
     """Hands a block's call to its stack's runner; the block's own checkpointing is switched off inside."""
 
-    gradient_checkpointing = property(lambda self: False, lambda self, value: None)
+    gradient_checkpointing = property(
+        lambda self: False, lambda self, value: vars(self).update(gradient_checkpointing=value)
+    )
 
     def forward(self, *args, **kwargs):
         own = state_of(self, StackMixin)  # type: ignore[arg-type]
@@ -94,6 +96,11 @@ def _without_cache(args: tuple, kwargs: dict, number: int) -> tuple[tuple, dict]
     if plain.get("use_cache"):
         plain["use_cache"] = False
     return tuple(None if _is_cache(value) else value for value in args), plain
+
+
+def asked_to_checkpoint(block: nn.Module) -> bool:
+    """Whether a block's checkpointing was switched on, which its stack's runner has to see to."""
+    return block.training and bool(vars(block).get("gradient_checkpointing", False))
 
 
 def block_of(forward: Any) -> nn.Module:

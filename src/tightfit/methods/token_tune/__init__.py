@@ -160,7 +160,9 @@ class TokenTune(Transform):
         if facts.table:
             yield ModuleEdit(slot=Slot.INPUTS, module=facts.table, mixin=SelectedPositions, state=state)
         if self.schedule == "block":
-            yield StackEdit(blocks=facts.blocks, runner=lambda: ByBlock(tuner), note="each block twice")
+            yield StackEdit(
+                blocks=facts.blocks, runner=lambda: ByBlock(tuner), checkpoints=True, note="each block twice"
+            )
         if self.policy == "score":
 
             def blocks(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tightfit.core import hfmodel, processes
 from tightfit.core.calls import named_call
 from tightfit.core.edits import StackRunner
 from tightfit.core.errors import StateError
-from tightfit.core.stack import block_of
+from tightfit.core.stack import asked_to_checkpoint, block_of
 from tightfit.core.tight import state_of
 from tightfit.methods.token_tune.loss import targets_of, token_loss
 from tightfit.methods.token_tune.records import KEY, Capture, Replay
@@ -164,7 +165,10 @@ class Scored:
 
 
 class ByBlock(StackRunner):
-    """Both runs block by block: captured keys and values exist for one block at a time, but for what it keeps."""
+    """Both runs block by block: captured keys and values exist for one block at a time, but for what it keeps.
+
+    Under checkpointing each block keeps its input, of all tokens and of the selected ones, and does both runs again.
+    """
 
     def __init__(self, tuner: Tuner):
         self.tuner = tuner
@@ -187,8 +191,6 @@ class ByBlock(StackRunner):
         if index == 0:
             tape["rows"] = take(hidden, positions)
             tape["replay"] = Replay(capture, selection, tuner.factor(selection))
-        with torch.no_grad(), own_casts():
-            whole = hidden_of(forward(hidden.detach(), *args, **{**kwargs, KEY: capture}))
 
         def rows_of(value: Any) -> Any:
             if isinstance(value, tuple):
@@ -196,9 +198,22 @@ class ByBlock(StackRunner):
             fits = torch.is_tensor(value) and value.dim() in (2, 3) and value.shape[1] == length
             return take(value, positions) if fits else value
 
-        own = {key: rows_of(value) for key, value in kwargs.items()}
-        out = forward(tape["rows"], *map(rows_of, args), **{**own, KEY: tape["replay"]})
-        tape["rows"] = hidden_of(out)
+        def both(whole: Tensor, rows: Tensor, capture: Capture, replay: Replay) -> tuple[Tensor, Tensor]:
+            with torch.no_grad(), own_casts():
+                whole = hidden_of(forward(whole, *args, **{**kwargs, KEY: capture}))
+            own = {key: rows_of(value) for key, value in kwargs.items()}
+            return whole, hidden_of(forward(rows, *map(rows_of, args), **{**own, KEY: replay}))
+
+        def apart(whole: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            own = Capture(capture.names)
+            found = both(whole, rows, own, Replay(own, selection, tape["replay"].factor))
+            capture.reached += own.reached
+            return found
+
+        if asked_to_checkpoint(block_of(forward)):
+            whole, tape["rows"] = checkpoint(apart, hidden.detach(), tape["rows"], use_reentrant=False)
+        else:
+            whole, tape["rows"] = both(hidden.detach(), tape["rows"], capture, tape["replay"])
         if not last:
             return whole
         return overwrite(whole, tape["rows"], positions, selection.valid)
