@@ -79,8 +79,8 @@ EDITED = ("LoRA-FA", "LoRA, PEFT's VeLoRA")
 """Baselines that are no recipe of their own: something is changed in the model afterwards."""
 LATER = (
     *("Mesa", "PartialEmbedding", "PartialEmbedding + FusedOps + Mesa", "Lora + PartialEmbedding + FusedOps"),
-    *("Lora + PartialEmbedding + FusedOps + Reversible", "Lora + FusedOps + Reversible"),
-    *("LadderSide, pool", "LadderSide + PartialEmbedding", "SparseAdapter"),
+    *("Lora + PartialEmbedding + FusedOps + Reversible", "LadderSide, pool"),
+    *("LadderSide + PartialEmbedding", "SparseAdapter"),
 )
 """Recipes that are timed once all shapes have the others' times."""
 

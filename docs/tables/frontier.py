@@ -6,6 +6,14 @@ from tables import footer, grid
 
 Row = dict[str, Any]
 
+PRESETS = {
+    "exact": "FusedOps",
+    "balanced": "Lora + FusedOps + Mesa, attention",
+    "fast": "Lora + TokenTune 0.2",
+    "smallest": "Lora + FusedOps + Reversible",
+}
+"""Names of `tightfit.presets`, and of the same recipes in the result file."""
+
 
 def passes(result: dict[str, Any]) -> str:
     """Planned peak of forward and backward above weights and batch, as a part of the stock model's."""
@@ -68,6 +76,23 @@ def claim(result: dict[str, Any]) -> str:
     header = ["model", "baseline", "fastest recipe of no more bytes", "its time / the baseline's"]
     header += ["leanest recipe of no more time", "its peak / the baseline's"]
     return grid(header, lines) + "\n" + footer(result)
+
+
+def presets(result: dict[str, Any]) -> str:
+    """Where the named recipes stand: peak of forward and backward, of the whole step, and step time beside stock's."""
+    found = {(row["shape"], row["recipe"]): row for row in result["rows"]}
+    lines = []
+    for name, recipe in PRESETS.items():
+        cells = []
+        for shape in result["config"]["shapes"]:
+            row, stock = found.get((shape, recipe), {}), found.get((shape, "stock"), {})
+            if "peak_bytes" not in row:
+                cells.append("")
+                continue
+            parts = [f"{row[key] / stock[key]:.2f}" for key in ("peak_bytes", "whole_peak_bytes")]
+            cells.append("; ".join([*parts, f"{row['measured']:.2f}" if "measured" in row else "-"]))
+        lines.append([f"`{name}`", recipe, *cells])
+    return grid(["preset", "recipe", *result["config"]["shapes"]], lines) + "\n" + footer(result)
 
 
 def _beside(row: Row | None, point: Row, key: str) -> list[str]:

@@ -1,5 +1,9 @@
 """Named recipes, each one visible chain.
 
+`exact`, `balanced`, `fast` and `smallest` are places on the measured frontier of memory and time (docs/frontier.md):
+full fine-tuning with the stock gradients in less memory; adapters in a fraction of it at their own speed; the shortest
+step that keeps a stock checkpoint; and the fewest bytes.
+
 A name stands for its chain on the command line too, with dashes: `tightfit compare recipe.yaml --methods
 stock,lora,partial-embedding-checkpointing`.
 """
@@ -9,7 +13,7 @@ from __future__ import annotations
 from tightfit.core.errors import RecipeError
 from tightfit.core.fields import near
 from tightfit.core.recipe import Recipe, chain, method_classes
-from tightfit.methods import Checkpointing, Lora, PartialEmbedding
+from tightfit.methods import Checkpointing, FusedOps, Lora, Mesa, PartialEmbedding, Reversible, TokenTune
 
 stock = chain()
 checkpointing = chain(Checkpointing())
@@ -19,6 +23,10 @@ partial_embedding = chain(PartialEmbedding())
 partial_embedding_checkpointing = chain(PartialEmbedding(), Checkpointing())
 partial_embedding_lora = chain(PartialEmbedding(), Lora())
 partial_embedding_lora_checkpointing = chain(PartialEmbedding(), Lora(), Checkpointing())
+exact = chain(FusedOps())
+balanced = chain(Lora(), FusedOps(), Mesa(attention=True))
+fast = chain(Lora(), TokenTune(ratio=0.2))
+smallest = chain(Lora(), FusedOps(), Reversible())
 
 
 def presets() -> dict[str, Recipe]:
