@@ -149,6 +149,25 @@ def test_a_plan_leaves_nothing_behind_and_is_right(family):
     assert planned == pytest.approx(allocator_peak(step) - others, rel=3e-3)
 
 
+def test_attention_with_a_learned_bias_keeps_no_probabilities():
+    import transformers as hf
+
+    def kept(length, *recipe):
+        with torch.device("meta"):
+            size = {"num_layers": 2, "num_decoder_layers": 2, "d_model": 64, "d_ff": 64, "num_heads": 4, "d_kv": 16}
+            model = hf.T5ForConditionalGeneration(hf.T5Config(**size, decoder_start_token_id=0)).train()
+        batch = {"input_ids": torch.ones(2, length, dtype=torch.long), "labels": torch.ones(2, 4, dtype=torch.long)}
+        return simulate(tightfit.apply(model, list(recipe)).model, batch).saved_bytes
+
+    # what grows with the square of the length; a head's share of it in float32 for one row
+    square = {r: kept(192, *r) - 2 * kept(128, *r) + kept(64, *r) for r in ((), (FusedOps(),))}
+    share = 2 * 64 * 64 * 4
+    blocks = 2 * 2 * 4 * share
+    assert square[()] > 2 * blocks
+    # the bias of all heads and its buckets (int64) once for all blocks; of each block a bit for a probability
+    assert square[FusedOps(),] == 4 * share + 2 * share + blocks // 32
+
+
 def test_adapters_keep_nothing_of_their_inputs():
     stock, applied = twin("bert", Lora(rank=2), dtype=torch.float32)
     batch = models.batch(stock)

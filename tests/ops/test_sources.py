@@ -140,6 +140,60 @@ def test_dropout_attention_is_torchs(mask, dtype):
     )
 
 
+@pytest.mark.parametrize("mask", ["none", "boolean", "additive", "causal"])
+@pytest.mark.parametrize("rows", [1, B])
+@pytest.mark.parametrize("parts", [2**20, 1])
+def test_a_bias_on_the_scores_learns(monkeypatch, mask, rows, parts):
+    monkeypatch.setattr("tightfit.ops.attention.torch.PART_BYTES", parts)  # 1: each batch element by itself
+    chosen, causal = masks().get(mask), mask == "causal"
+    allowed = torch.ones(L, L, dtype=torch.bool).tril()[None, None] if causal else chosen
+    inputs = tensors(*[(B, HEADS, L, WIDTH)] * 3, (rows, HEADS, L, L))
+
+    def stock(q, k, v, bias):
+        if mask == "additive":
+            bias = bias + chosen
+        elif allowed is not None:
+            bias = torch.where(allowed, bias, torch.finfo(torch.float64).min)
+        return F.scaled_dot_product_attention(q, k, v, bias, 0.25).transpose(1, 2)
+
+    compare(lambda q, k, v, b: dropout_attention(q, k, v, chosen, 0.25, causal=causal, bias=b), stock, inputs)
+
+
+def test_a_row_that_may_look_at_nothing_looks_at_everything_under_a_bias():
+    chosen = masks()["boolean"].clone()
+    chosen[0] = False
+    inputs = tensors(*[(B, HEADS, L, WIDTH)] * 3, (1, HEADS, L, L))
+
+    def stock(q, k, v, bias):
+        bias = torch.where(chosen, bias, torch.finfo(torch.float64).min)
+        return F.scaled_dot_product_attention(q, k, v, bias, 0.25).transpose(1, 2)
+
+    compare(lambda q, k, v, b: dropout_attention(q, k, v, chosen, 0.25, bias=b), stock, inputs)
+
+
+@pytest.mark.parametrize("kind", ["joint", "no linear"])
+@pytest.mark.parametrize("drop", [0.0, 0.25])
+def test_a_bias_learns_whoever_runs_the_backward(kind, drop):
+    q, k, v, bias, w = tensors(*[(B, HEADS, L, WIDTH)] * 3, (1, HEADS, L, L), (D, HEADS * WIDTH))
+
+    def run(ours):
+        def block(q, k, v, bias, w):
+            def stock(q, k, v, mask):
+                return F.scaled_dot_product_attention(q, k, v, bias, drop).transpose(1, 2).contiguous()
+
+            if not ours:
+                mixed = stock(q, k, v, None)
+            elif drop:
+                mixed = dropout_attention(q, k, v, None, drop, bias=bias)
+            else:
+                mixed = attention(stock, q, k, v, parameters=(bias,))
+            return (linear if ours and kind == "joint" else F.linear)(mixed.reshape(B, L, -1), w)
+
+        return block
+
+    compare(run(True), run(False), [q, k, v, bias, w])
+
+
 def test_dropout_attention_against_its_formula():
     inputs = tensors(*[(B, HEADS, L, WIDTH)] * 3)
     mask = masks()["boolean"]

@@ -44,7 +44,7 @@ def recompute(
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return call(*inputs)
-    rerun = _Rerun(call, inputs, joint, codec)
+    rerun = _Rerun(call, inputs, parameters, joint, codec)
     if random:
         rerun.random = random_state(inputs[0].device.type)
     out, *packed = _Recompute.apply(rerun, *inputs, *parameters)
@@ -58,12 +58,13 @@ class Joint(Rebuild):
     """
 
     joint = True
+    parameters: tuple[Tensor, ...] = ()
     _done: tuple[Tensor, int, list[Tensor | None]] | None = None
 
     def make(self, kept, grad):
         if grad is None or not self.joint:
             return super().make(kept, grad)
-        out, grads = self.backward(kept, (), grad)
+        out, grads = self.backward(kept, self.parameters, grad)
         self._done = (grad, grad._version, grads)
         return out
 
@@ -83,9 +84,17 @@ class Joint(Rebuild):
 class _Rerun(Joint):
     """Runs the call again, with its backward where that is asked for."""
 
-    def __init__(self, call: Callable[..., Tensor], inputs: Sequence[Tensor], joint: bool, codec: Codec | None):
+    def __init__(
+        self,
+        call: Callable[..., Tensor],
+        inputs: Sequence[Tensor],
+        parameters: tuple[Tensor, ...],
+        joint: bool,
+        codec: Codec | None,
+    ):
         super().__init__(self.again)
         self.call, self.joint = call, joint
+        self.parameters = parameters if joint else ()
         self.needs = [t.requires_grad for t in inputs]
         self.coded = Kept(codec, *(t for t, need in zip(inputs, self.needs) if need))
         self.random: Tensor | None = None

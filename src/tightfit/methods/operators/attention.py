@@ -16,7 +16,7 @@ from tightfit.ops.codec import Codec
 
 STOCK = "sdpa"
 OURS = "tightfit_sdpa"
-_PLAIN = ("position_bias", "cache", "softcap", "output_attentions")
+_PLAIN = ("cache", "softcap", "output_attentions")
 
 
 def supports(model: nn.Module) -> bool:
@@ -43,22 +43,25 @@ def fused_sdpa(
     def stock(q, k, v, mask):
         return sdpa_attention_forward(module, q, k, v, mask, dropout, scaling, is_causal, **kwargs)[0]
 
-    codec = codec if module.training else None
-    needs = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    codec, bias = codec if module.training else None, kwargs.get("position_bias")
+    learns = bias is not None and bias.requires_grad
+    needs = torch.is_grad_enabled() and (learns or any(t.requires_grad for t in (query, key, value)))
     learned = attention_mask is not None and attention_mask.requires_grad
     odd = any(kwargs.get(name) is not None and kwargs[name] is not False for name in _PLAIN)
     if not needs or learned or odd or torch.compiler.is_compiling():
         return stock(query, key, value, attention_mask), None
     if dropout == 0 or query.device.type != "cpu":
-        return attention(stock, query, key, value, attention_mask, random=dropout > 0, codec=codec), None
+        parameters = (bias,) if learns else ()
+        options: dict[str, Any] = {"parameters": parameters, "random": dropout > 0, "codec": codec}
+        return attention(stock, query, key, value, attention_mask, **options), None
     groups = query.shape[1] // key.shape[1]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     causal = bool(causal) and query.shape[2] > 1 and attention_mask is None
     if attention_mask is not None:
         attention_mask = attention_mask[..., : key.shape[2]]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    out = dropout_attention(query, key, value, attention_mask, dropout, scale=scaling, causal=causal, codec=codec)
-    return out, None
+    shape: dict[str, Any] = {"scale": scaling, "causal": causal, "bias": bias}
+    return dropout_attention(query, key, value, attention_mask, dropout, **shape, codec=codec), None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ def attention(
     v: Tensor,
     mask: Tensor | None = None,
     *,
+    parameters: tuple[Tensor, ...] = (),
     random: bool = False,
     codec: Codec | None = None,
 ) -> Tensor:
@@ -34,6 +36,7 @@ def attention(
         call: from (q, k, v, mask) to the output; its result is returned bit for bit.
         q: (B, H, L, D). k, v: (B, H_kv, S, D), heads not repeated.
         mask: what the model passes, or None.
+        parameters: what else the call reads that takes a gradient, such as a bias on the scores.
         random: the call draws dropout.
         codec: keeps q, k and v in its code.
 
@@ -44,9 +47,10 @@ def attention(
     backward, and the layer gets the output for its own weight from there.
     """
     q, k, v = _trimmed(q, k, v)
+    options: dict[str, Any] = {"parameters": parameters, "joint": True, "random": random, "codec": codec}
     if mask is None:
-        return recompute(lambda q, k, v: call(q, k, v, None), q, k, v, joint=True, random=random, codec=codec)
-    return recompute(call, q, k, v, mask, joint=True, random=random, codec=codec)
+        return recompute(lambda q, k, v: call(q, k, v, None), q, k, v, **options)
+    return recompute(call, q, k, v, mask, **options)
 
 
 def dropout_attention(
@@ -58,6 +62,7 @@ def dropout_attention(
     *,
     scale: float | None = None,
     causal: bool = False,
+    bias: Tensor | None = None,
     codec: Codec | None = None,
 ) -> Tensor:
     """Attention with dropout as torch's math path on a CPU computes it, bit for bit from the same random state.
@@ -71,6 +76,7 @@ def dropout_attention(
         p: dropout probability.
         scale: default 1 / sqrt(D).
         causal: attend only to positions up to one's own.
+        bias: (1 or B, H, L, S), added to the scores; may take a gradient. All layers may share it: it is kept as it is.
         codec: keeps q, k and v in its code.
 
     Returns:
@@ -82,12 +88,13 @@ def dropout_attention(
     q, k, v = _trimmed(q, k, v)
     if causal:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-    if mask is not None and mask.dtype == torch.bool:
+    if bias is None and mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
     factor = math.sqrt(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    joint = _DropoutJoint(p, factor, Kept(codec, q, k, v))
-    out, bits, *packed = _DropoutAttention.apply(joint, q, k, v, mask)
-    return attach(out, (bits, *(() if mask is None else (mask,)), *(packed or (q, k, v))), joint)
+    joint = _DropoutJoint(p, factor, Kept(codec, q, k, v), mask is not None, bias is not None)
+    out, bits, *packed = _DropoutAttention.apply(joint, q, k, v, mask, bias)
+    added = [t for t in (mask, bias) if t is not None]
+    return attach(out, (bits, *added, *(packed or (q, k, v))), joint)
 
 
 def _trimmed(*tensors: Tensor) -> list[Tensor]:
@@ -108,23 +115,30 @@ def _wide(t: Tensor) -> Tensor:
 class _DropoutJoint(Joint):
     """Forward again and backward, some batch elements at a time."""
 
-    def __init__(self, p: float, factor: float, coded: Kept):
+    wants_bias = False
+
+    def __init__(self, p: float, factor: float, coded: Kept, masked: bool, biased: bool):
         super().__init__(self.again)
-        self.p, self.factor, self.coded = p, factor, coded
+        self.p, self.factor, self.coded, self.masked, self.biased = p, factor, coded, masked, biased
 
-    def inputs_of(self, kept: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """(mask bits, q, k, v, attention mask)"""
-        count = (len(kept) - 1) % 3  # an attention mask stands between the bits and q, k, v
-        q, k, v = self.coded.again(kept[1 + count :])
-        return kept[0], q, k, v, kept[1] if count else None
+    def inputs_of(self, kept: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], tuple[Tensor | None, Tensor | None]]:
+        """(bits of the noise, [q, k, v], (attention mask, bias)); the last two stand between the others"""
+        bits, *rest = kept
+        mask = rest.pop(0) if self.masked else None
+        bias = rest.pop(0) if self.biased else None
+        return bits, self.coded.again(rest), (mask, bias)
 
-    def probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None, part: slice) -> Tensor:
+    def probabilities(self, q: Tensor, k: Tensor, added: tuple[Tensor | None, Tensor | None], part: slice) -> Tensor:
         """(b, H, L, S) of a part of the batch, in the order of operations of torch's math path."""
         scores = (_wide(q[part]) * self.factor) @ (_wide(k[part]).transpose(-2, -1) * self.factor)
+        mask, bias = (_of(t, part) for t in added)
+        if bias is not None and mask is not None:
+            # as transformers does it: a row that may look at nothing is not all -inf, so it looks at everything alike
+            mask = torch.where(mask, bias, torch.finfo(k.dtype).min) if mask.dtype == torch.bool else bias + mask
+        elif bias is not None:
+            mask = bias
         if mask is None:
             return torch.softmax(scores, -1)
-        if mask.dim() == 4 and mask.shape[0] > 1:
-            mask = mask[part]
         # a row that may look at nothing gets zeros
         return torch._safe_softmax(scores.add_(mask), -1)
 
@@ -137,29 +151,40 @@ class _DropoutJoint(Joint):
         return unpack(packed[start : start + count], like.numel(), scale).view(like.shape)
 
     def again(self, *kept) -> Tensor:
-        packed, q, k, v, mask = self.inputs_of(kept)
+        packed, (q, k, v), added = self.inputs_of(kept)
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
         for number, part in enumerate(_parts(q, k)):
-            found = self.probabilities(q, k, mask, part)
+            found = self.probabilities(q, k, added, part)
             out[part] = (found.mul_(self.noise(packed, found, number)) @ _wide(v[part])).transpose(1, 2)
         return out
 
     def backward(self, kept, parameters, grad):
-        packed, q, k, v, mask = self.inputs_of(kept)
+        packed, (q, k, v), added = self.inputs_of(kept)
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
         grad = grad.view(out.shape)
         grads = [torch.empty_like(t) for t in (q, k, v)]
+        mask, bias = added
+        of_bias = torch.zeros_like(bias) if bias is not None and self.wants_bias else None
         for number, part in enumerate(_parts(q, k)):
-            found = self.probabilities(q, k, mask, part)
+            found = self.probabilities(q, k, added, part)
             noise = self.noise(packed, found, number)
             dropped, pull = found * noise, _wide(grad[part]).transpose(1, 2)
             out[part] = (dropped @ _wide(v[part])).transpose(1, 2)
             grads[2][part] = dropped.transpose(-2, -1) @ pull
             slope = (pull @ _wide(v[part]).transpose(-2, -1)).mul_(noise)
             slope = torch._softmax_backward_data(slope, found, -1, found.dtype)
+            if of_bias is not None:
+                allowed = _of(mask, part) if mask is not None and mask.dtype == torch.bool else None
+                reached = slope if allowed is None else slope.where(allowed, 0.0)
+                _of(of_bias, part).add_(reached if of_bias.shape[0] > 1 else reached.sum(0, keepdim=True))
             grads[0][part] = (slope @ (_wide(k[part]) * self.factor)).mul_(self.factor)
             grads[1][part] = (slope.transpose(-2, -1) @ (_wide(q[part]) * self.factor)).mul_(self.factor)
-        return out, grads
+        return out, [*grads, None, of_bias]
+
+
+def _of(t: Any, part: slice) -> Any:
+    """A mask's or a bias's share of a part of the batch."""
+    return t[part] if t is not None and t.dim() == 4 and t.shape[0] > 1 else t
 
 
 def _parts(q: Tensor, k: Tensor) -> list[slice]:
@@ -171,18 +196,20 @@ def _parts(q: Tensor, k: Tensor) -> list[slice]:
 
 class _DropoutAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, joint, q, k, v, mask):
+    def forward(ctx, joint, q, k, v, mask, bias):
         ctx.joint = joint
+        joint.wants_bias = bias is not None and bias.requires_grad
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
         packed = []
         for part in _parts(q, k):
-            found = joint.probabilities(q, k, mask, part)
+            found = joint.probabilities(q, k, (mask, bias), part)
             noise = torch.empty_like(found).bernoulli_(1 - joint.p)
             packed.append(pack(noise.bool()))
             out[part] = (found.mul_(noise.div_(1 - joint.p)) @ _wide(v[part])).transpose(1, 2)
         bits, coded = torch.cat(packed), joint.coded.encode(q, k, v)
+        added = [t for t in (mask, bias) if t is not None]
         ctx.mark_non_differentiable(bits, *coded)
-        ctx.save_for_backward(bits, *(() if mask is None else (mask,)), *(coded or (q, k, v)))
+        ctx.save_for_backward(bits, *added, *(coded or (q, k, v)))
         return out, bits, *coded
 
     @staticmethod
@@ -191,4 +218,4 @@ class _DropoutAttention(torch.autograd.Function):
         grads = ctx.joint.taken(grad)
         if grads is None:
             grads = ctx.joint.backward(ctx.saved_tensors, (), grad.contiguous())[1]
-        return None, *grads, None
+        return None, *grads
