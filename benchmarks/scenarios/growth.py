@@ -63,7 +63,7 @@ def planned(sizes: dict[str, int], methods: list[Any]) -> dict[str, int]:
     config = hf.LlamaConfig(
         num_hidden_layers=sizes["blocks"],
         hidden_size=width,
-        intermediate_size=8 * width // 3,
+        intermediate_size=11 * width // 4,
         num_attention_heads=max(1, width // 64),
         vocab_size=sizes["vocabulary"],
     )
