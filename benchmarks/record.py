@@ -54,6 +54,13 @@ def read(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def rows(name: str, config: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The rows of a result file; none where there is no file, or where its config is not the given one."""
+    earlier = read(name)
+    wanted = earlier is not None and (config is None or earlier["config"] == json.loads(json.dumps(config)))
+    return earlier["rows"] if earlier is not None and wanted else []
+
+
 def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)

@@ -31,13 +31,7 @@ def add(name: str, config: dict[str, Any], row: Row, kept: Callable[[list[Row]],
     """Add a row to what the result file holds now; `kept` drops and orders rows."""
     with _lock_file(name, "").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        record.write(name, config, kept([*rows(name), row]))
-
-
-def rows(name: str) -> list[Row]:
-    """The rows of a result file, none where there is no file."""
-    earlier = record.read(name)
-    return [] if earlier is None else earlier["rows"]
+        record.write(name, config, kept([*record.rows(name), row]))
 
 
 def _lock_file(name: str, key: str) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import record
+from recipes import CHECKPOINTING, FUSED, LORA
 
 NAME = "activations"
 QUICK = True
@@ -32,9 +33,6 @@ MODELS: dict[str, tuple[tuple[str, dict[str, Any]], float, tuple[int, int], str]
     "two blocks of Llama 3 8B": (LLAMA_3, 0.0, (1, 2048), "float32"),
     "two blocks of Llama 3 8B in bfloat16": (LLAMA_3, 0.0, (1, 2048), "bfloat16"),
 }
-FUSED: list[dict[str, Any]] = [{"FusedOps": {}}]
-LORA: list[dict[str, Any]] = [{"Lora": {}}]
-CHECKPOINTING: list[dict[str, Any]] = [{"Checkpointing": {}}]
 RECIPES: dict[str, list[dict[str, Any]]] = {
     "stock": [],
     "Checkpointing": CHECKPOINTING,

@@ -13,11 +13,10 @@ from typing import Any
 
 import record
 import torch
+from recipes import FUSED, LORA
 
 NAME = "claims"
 QUICK = False
-LORA: list[Any] = [{"Lora": {}}]
-FUSED: list[Any] = [{"FusedOps": {}}]
 MESA: list[Any] = [{"Mesa": {"attention": True}}]
 
 
@@ -169,7 +168,7 @@ def run(claims: tuple[Claim, ...] = CLAIMS) -> list[dict[str, Any]]:
     """One row per claim, with the planned peaks of its three recipes; those of an earlier call are kept."""
     config = {"optimizer": "adamw", "dtype": "float32"}
     rows: list[dict[str, Any]] = []
-    earlier = (record.read(NAME) or {"rows": []})["rows"]
+    earlier = record.rows(NAME)
     known = {(*_same(row), name): value for row in earlier for name, value in row["peaks"].items()}
     for claim in claims:
         row = {**dataclasses.asdict(claim), "peaks": {}}

@@ -12,32 +12,14 @@ from typing import Any
 
 import record
 import torch
+from recipes import CHECKPOINTING, FUSED, LORA, MAIN
 
 NAME = "fits"
 QUICK = False
 CAP = 512 * 2**20
 ROWS_OF = 256
 LLAMA = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4, "num_hidden_layers": 6}
-LORA: list[Any] = [{"Lora": {}}]
-FUSED: list[Any] = [{"FusedOps": {}}]
-ATTENTION: list[Any] = [{"Mesa": {"attention": True}}]
-CHECKPOINTING: list[Any] = [{"Checkpointing": {}}]
-RECIPES: dict[str, list[Any]] = {
-    "stock": [],
-    "Checkpointing": CHECKPOINTING,
-    "FusedOps": FUSED,
-    "FusedOps + Mesa, attention": [*FUSED, *ATTENTION],
-    "FusedOps + Checkpointing": [*FUSED, *CHECKPOINTING],
-    "WtaCrs": [{"WtaCrs": {}}],
-    "TokenTune 0.2": [{"TokenTune": {"ratio": 0.2}}],
-    "Lora": LORA,
-    "Lora + Checkpointing": [*LORA, *CHECKPOINTING],
-    "Lora + FusedOps + Mesa, attention": [*LORA, *FUSED, *ATTENTION],
-    "Lora + FusedOps + Checkpointing": [*LORA, *FUSED, *CHECKPOINTING],
-    "Lora + Reversible": [*LORA, {"Reversible": {}}],
-    "Lora + FusedOps + Reversible": [*LORA, *FUSED, {"Reversible": {}}],
-    "LadderSide": [{"LadderSide": {}}],
-}
+RECIPES: dict[str, list[Any]] = MAIN | {"Lora + FusedOps + Checkpointing": [*LORA, *FUSED, *CHECKPOINTING]}
 SLACK = 2**22
 """What a process may take beside tensors: its own objects, and what the heap cannot give back."""
 
@@ -108,19 +90,21 @@ def reach(recipe: str, kind: str) -> dict[str, Any]:
     def real(size: int) -> bool:
         return fits(recipe, size, ROWS_OF) if kind == "rows" else fits(recipe, 1, size)
 
-    stride = max(1, planned // 50)
-    low, high = planned, planned + stride
-    while not real(low):
-        low, high = low - stride, low
-    while high == low + stride and real(high):
-        low, high = high, high + stride
-    return {"planned": planned, "fits": low, "does_not_fit": high}
+    stride, low = max(1, planned // 50), planned
+    if real(low):
+        while real(low + stride):
+            low += stride
+    else:
+        low -= stride
+        while low > 0 and not real(low):
+            low -= stride
+    return {"planned": planned, "fits": low, "does_not_fit": low + stride}
 
 
 def run() -> list[dict[str, Any]]:
     """One row per recipe and kind of size; resumes."""
-    config = {"cap_bytes": CAP, "model": LLAMA, "length": ROWS_OF}
-    rows: list[dict[str, Any]] = (record.read(NAME) or {"rows": []})["rows"]
+    config = {"cap_bytes": CAP, "model": LLAMA, "length": ROWS_OF, "recipes": RECIPES}
+    rows = record.rows(NAME, config)
     done = {(row["recipe"], row["kind"]) for row in rows}
     for kind in ("rows", "length"):
         for recipe in RECIPES:

@@ -14,6 +14,7 @@ from typing import Any
 
 import record
 import torch
+from recipes import ATTENTION, CHECKPOINTING, FUSED, LORA
 from turns import forward_backward, measured, process
 
 NAME = "frontier"
@@ -29,10 +30,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "ViT-small, 16 x 197": {"family": "vit", "blocks": 12, "timed_blocks": 4, "size": VIT, "batch": (16, 197)},
     "Llama 8 x 512, 2 x 1024": {"family": "llama", "blocks": 8, "timed_blocks": 2, "size": LLAMA, "batch": (2, 1024)},
 }
-LORA: list[Any] = [{"Lora": {}}]
-FUSED: list[Any] = [{"FusedOps": {}}]
-ATTENTION: list[Any] = [{"Mesa": {"attention": True}}]
-CHECKPOINTING: list[Any] = [{"Checkpointing": {}}]
 VOCABULARY: list[Any] = [{"PartialEmbedding": {"ids": list(range(4000))}}]
 VELORA = {"num_groups": 32, "init_type": "batch_average_once"}
 BASELINES: dict[str, list[Any]] = {
@@ -165,9 +162,7 @@ def run(names: tuple[str, ...] = tuple(SHAPES), *, times: bool = True) -> list[d
     from tightfit.core.errors import TightfitError
 
     config = {"rounds": ROUNDS, "shapes": SHAPES, "baselines": list(BASELINES)}
-    rows: dict[tuple[str, str], dict[str, Any]] = {
-        (row["shape"], row["recipe"]): row for row in (record.read(NAME) or {"rows": []})["rows"]
-    }
+    rows: dict[tuple[str, str], dict[str, Any]] = {(row["shape"], row["recipe"]): row for row in record.rows(NAME)}
 
     def add(row: dict[str, Any]) -> None:
         rows[row["shape"], row["recipe"]] = row

@@ -9,6 +9,7 @@ from typing import Any
 
 import record
 import torch
+from recipes import LORA, MAIN
 
 NAME = "growth"
 QUICK = False
@@ -20,26 +21,9 @@ SIZES: dict[str, tuple[int, ...]] = {
     "length": (128, 256, 512, 1024),
     "vocabulary": (4_000, 8_000, 16_000, 32_000),
 }
-LORA: list[Any] = [{"Lora": {}}]
-FUSED: list[Any] = [{"FusedOps": {}}]
-ATTENTION: list[Any] = [{"Mesa": {"attention": True}}]
-CHECKPOINTING: list[Any] = [{"Checkpointing": {}}]
-RECIPES: dict[str, list[Any]] = {
-    "stock": [],
-    "Checkpointing": CHECKPOINTING,
-    "FusedOps": FUSED,
-    "FusedOps + Checkpointing": [*FUSED, *CHECKPOINTING],
-    "FusedOps + Mesa, attention": [*FUSED, *ATTENTION],
-    "WtaCrs": [{"WtaCrs": {}}],
-    "TokenTune 0.2": [{"TokenTune": {"ratio": 0.2}}],
+RECIPES: dict[str, list[Any]] = MAIN | {
     "PartialEmbedding of 2,000": [{"PartialEmbedding": {"ids": list(range(2000))}}],
-    "Lora": LORA,
-    "Lora + Checkpointing": [*LORA, *CHECKPOINTING],
     "Lora + Velora": [*LORA, {"Velora": {"where": "*"}}],
-    "Lora + FusedOps + Mesa, attention": [*LORA, *FUSED, *ATTENTION],
-    "Lora + Reversible": [*LORA, {"Reversible": {}}],
-    "Lora + FusedOps + Reversible": [*LORA, *FUSED, {"Reversible": {}}],
-    "LadderSide": [{"LadderSide": {}}],
     "Sherl": [{"Sherl": {}}],
 }
 THEORY = {
@@ -81,8 +65,8 @@ def planned(sizes: dict[str, int], methods: list[Any]) -> dict[str, int]:
 
 def run() -> list[dict[str, Any]]:
     """One row per recipe, dimension and size; resumes."""
-    config = {"base": BASE, "sizes": SIZES, "theory": THEORY}
-    rows: list[dict[str, Any]] = (record.read(NAME) or {"rows": []})["rows"]
+    config = {"base": BASE, "sizes": SIZES, "theory": THEORY, "recipes": RECIPES}
+    rows = record.rows(NAME, config)
     done = {(row["recipe"], row["dimension"], row["size"]) for row in rows}
     for recipe, methods in RECIPES.items():
         for dimension, sizes in SIZES.items():

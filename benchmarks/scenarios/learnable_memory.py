@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from typing import Any
 
 import record
@@ -164,9 +163,8 @@ def in_turn(model: Any, fields: dict[str, Any], rate: float, tasks, settings: di
 def run(settings: dict[str, Any] = SETTINGS, seeds: tuple[int, ...] = SEEDS, name: str = NAME) -> list[dict[str, Any]]:
     """One row per recipe with its step time, and one per recipe, seed and task; resumes, but trains the base again."""
     torch.set_num_threads(1)
-    config = json.loads(json.dumps({**settings, "recipes": RECIPES, "tasks": TASKS}))
-    earlier = record.read(name)
-    rows: list[dict[str, Any]] = earlier["rows"] if earlier and earlier["config"] == config else []
+    config = {**settings, "recipes": RECIPES, "tasks": TASKS}
+    rows = record.rows(name, config)
     done = {(row["recipe"], row["seed"], row["task"]) for row in rows}
     for recipe, (_, kind) in RECIPES.items():
         if (recipe, None, None) not in done:

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import record
 import sharing
+from recipes import FUSED, LORA
 from tasks import SST2, recipe_file, sts_benchmark
 
 NAME = "quality"
@@ -28,11 +30,8 @@ TASKS: dict[str, dict[str, Any]] = {
         "epochs": 1,
     },
     "STS-B": {
-        "data": {
-            **sts_benchmark("en"),
-            "scale": 0.2,
-            "rows": 2500,
-        },  # of scores up to 5 adapters learn the mean, no more
+        # of scores up to 5 adapters would learn the mean, and little more
+        "data": {**sts_benchmark("en"), "scale": 0.2, "rows": 2500},
         "metric": "pearson",
         "epochs": 1,
     },
@@ -78,8 +77,6 @@ COMMON = {
     "optimizer": "adamw-fused",
 }
 FULL, ADAPTERS, SIDE = ({**COMMON, "learning_rate": rate} for rate in (1.0e-4, 1.0e-3, 3.0e-3))
-LORA: list[dict[str, Any]] = [{"Lora": {}}]
-FUSED: list[dict[str, Any]] = [{"FusedOps": {}}]
 LADDER = {"reduction": 4}
 GROUPS: dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]] = {
     "baselines": {"stock": (FULL, []), "Lora": (ADAPTERS, LORA)},
@@ -166,9 +163,9 @@ def run(
 
     for key, row in sorted(todo.items(), key=lambda item: item[1]["recipe"] not in first):
         with sharing.taken(name, key) as mine:
-            if mine and key not in map(_key, sharing.rows(name)):
+            if mine and key not in map(_key, record.rows(name)):
                 sharing.add(name, config, trained(row), kept)
-    return kept(sharing.rows(name))
+    return kept(record.rows(name))
 
 
 def trained(row: dict[str, Any]) -> dict[str, Any]:

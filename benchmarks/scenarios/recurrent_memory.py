@@ -7,7 +7,6 @@ the allocator's. Seconds are those of forward and backward in the CPU time of a 
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 from typing import Any
 
@@ -113,8 +112,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """One row per recipe and number of segments; resumes."""
     config = {"settings": settings, "recipes": RECIPES, "segments": segments, "stored_up_to": stored_up_to}
-    earlier = record.read(name)
-    rows = earlier["rows"] if earlier and earlier["config"] == json.loads(json.dumps(config)) else []
+    rows = record.rows(name, config)
     done = {(row["recipe"], row["segments"]) for row in rows}
     for count in segments:
         for recipe in RECIPES:

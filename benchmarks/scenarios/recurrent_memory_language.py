@@ -8,7 +8,6 @@ Tokens are those of the stories260k model, 512 of them. Needs the folder of mode
 from __future__ import annotations
 
 import gzip
-import json
 import math
 import time
 from typing import Any
@@ -113,8 +112,7 @@ def trained(fields: dict[str, Any], seed: int, settings: dict[str, Any]) -> dict
 def run(settings: dict[str, Any] = SETTINGS, seeds: tuple[int, ...] = SEEDS, name: str = NAME) -> list[dict[str, Any]]:
     """One row per recipe and seed; resumes."""
     config = {"settings": settings, "recipes": RECIPES}
-    earlier = record.read(name)
-    rows = earlier["rows"] if earlier and earlier["config"] == json.loads(json.dumps(config)) else []
+    rows = record.rows(name, config)
     done = {(row["recipe"], row["seed"]) for row in rows}
     for seed in seeds:
         for recipe, fields in RECIPES.items():

@@ -7,7 +7,6 @@ the same model without memory tokens. Accuracy is the share of right target digi
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
@@ -124,8 +123,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """One row per task, memory and seed; resumes."""
     config = {"settings": settings, "memory": MEMORY}
-    earlier = record.read(name)
-    rows = earlier["rows"] if earlier and earlier["config"] == json.loads(json.dumps(config)) else []
+    rows = record.rows(name, config)
     done = {(row["task"], row["memory"], row["seed"]) for row in rows}
     for task in tasks:
         for memory, tokens in MEMORY.items():

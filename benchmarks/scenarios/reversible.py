@@ -11,13 +11,11 @@ from typing import Any
 
 import record
 import torch
+from recipes import CHECKPOINTING, FUSED, LORA
 from turns import forward_backward, measured, process
 
 NAME = "reversible"
 QUICK = False
-LORA: list[dict[str, Any]] = [{"Lora": {}}]
-FUSED: list[dict[str, Any]] = [{"FusedOps": {}}]
-CHECKPOINTING: list[dict[str, Any]] = [{"Checkpointing": {}}]
 REVERSIBLE: list[dict[str, Any]] = [{"Reversible": {}}]
 RECIPES: dict[str, list[dict[str, Any]]] = {
     "stock": [],

@@ -8,13 +8,13 @@ are in `quality`. Needs the folder of models and data beside the project.
 from __future__ import annotations
 
 import itertools
-import json
 import warnings
 from typing import Any
 
 import record
 import torch
 import torch.nn.functional as F
+from recipes import LORA
 from token_tune_language import held_out_loss, windows
 
 NAME = "reversible_quality"
@@ -30,7 +30,6 @@ START: dict[str, dict[str, Any]] = {
     "meft1, 0.1, mean": {**PUBLISHED, "merge": "mean"},
     "meft1, 0.1, weighted": {**PUBLISHED, "merge": "weighted"},
 }
-LORA: list[dict[str, Any]] = [{"Lora": {}}]
 ADAPTED = {"variant": "meft1", "adapter_dim": 16, "merge": "weighted"}
 RECIPES: dict[str, list[dict[str, Any]]] = {
     "full": [],
@@ -158,8 +157,7 @@ def run(settings: dict[str, Any] = SETTINGS, seeds: tuple[int, ...] = SEEDS, nam
     """Rows with `start`, then rows with `loss` by recipe and seed; resumes."""
     torch.set_num_threads(1)
     config = {"settings": settings, "start": START, "recipes": RECIPES}
-    earlier = record.read(name)
-    rows = earlier["rows"] if earlier and earlier["config"] == json.loads(json.dumps(config)) else []
+    rows = record.rows(name, config)
     if not any("start" in row for row in rows):
         rows += start_of_language(settings) + start_of_sentences(settings)
         record.write(name, config, rows)

@@ -7,7 +7,6 @@ fewer blocks; "cached" steps see examples whose features are kept already.
 from __future__ import annotations
 
 import functools
-import json
 from typing import Any
 
 import record
@@ -104,9 +103,8 @@ def stepper(settings: dict[str, Any], methods: list[dict[str, Any]]):
 def run(settings: dict[str, Any] = SETTINGS, name: str = NAME) -> list[dict[str, Any]]:
     """Rows with `planned_peak_bytes` and rows with `seconds`, by model and recipe; resumes."""
     torch.set_num_threads(1)
-    config = json.loads(json.dumps({**settings, "recipes": RECIPES}))
-    earlier = record.read(name)
-    rows: list[dict[str, Any]] = earlier["rows"] if earlier and earlier["config"] == config else []
+    config = {**settings, "recipes": RECIPES}
+    rows = record.rows(name, config)
     done = {(row["model"], row["recipe"], "seconds" in row) for row in rows}
     for model, own in settings["models"].items():
         for recipe, methods in RECIPES.items():

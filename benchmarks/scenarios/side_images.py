@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import gzip
-import json
 from typing import Any
 
 import numpy as np
@@ -123,9 +122,8 @@ def adapted(model: Any, rate: float, methods: list[dict[str, Any]] | None, data,
 def run(settings: dict[str, Any] = SETTINGS, seeds: tuple[int, ...] = SEEDS, name: str = NAME) -> list[dict[str, Any]]:
     """One row per recipe and seed; resumes, but trains the base again."""
     torch.set_num_threads(1)
-    config = json.loads(json.dumps({**settings, "recipes": RECIPES}))
-    earlier = record.read(name)
-    rows: list[dict[str, Any]] = earlier["rows"] if earlier and earlier["config"] == config else []
+    config = {**settings, "recipes": RECIPES}
+    rows = record.rows(name, config)
     done = {(row["recipe"], row["seed"]) for row in rows}
     if len(done) == len(RECIPES) * len(seeds):
         return rows

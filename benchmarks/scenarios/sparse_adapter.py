@@ -145,7 +145,7 @@ def run() -> list[dict[str, Any]]:
     import torch
 
     torch.set_num_threads(1)
-    rows = (record.read(NAME) or {"rows": []})["rows"]
+    rows = record.rows(NAME)
     for width in WIDTHS:
         if not any(row.get("width") == width for row in rows):
             rows.append(host_row(width))

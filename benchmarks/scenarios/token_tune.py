@@ -7,11 +7,11 @@ on every machine; peaks are above the weights and the optimizer's state.
 from __future__ import annotations
 
 import functools
-import json
 from typing import Any
 
 import record
 import torch
+from recipes import CHECKPOINTING, LORA
 from turns import forward_backward, measured, process
 
 NAME = "token_tune"
@@ -30,19 +30,18 @@ def tokens(ratio: float, **fields: Any) -> list[dict[str, Any]]:
     return [{"TokenTune": {"ratio": ratio, **fields}}]
 
 
-LORA, AGAIN = [{"Lora": {}}], [{"Checkpointing": {}}]
 CODED = [{"FusedOps": {}}, {"Mesa": {"attention": True}}]
 TIMED: dict[str, list[dict[str, Any]]] = {
     "TokenTune 0.1": tokens(0.1),
     "TokenTune 0.2": tokens(0.2),
     "TokenTune 0.3": tokens(0.3),
     "TokenTune 0.3, suffix": tokens(0.3, policy="suffix", schedule="suffix"),
-    "Checkpointing": AGAIN,
+    "Checkpointing": CHECKPOINTING,
     "Lora": LORA,
     "Lora + TokenTune 0.2": LORA + tokens(0.2),
-    "Lora + Checkpointing": LORA + AGAIN,
-    "Lora + TokenTune 0.2 + Checkpointing": LORA + tokens(0.2) + AGAIN,
-    "Lora + TokenTune 0.2, by block, + Checkpointing": LORA + tokens(0.2, schedule="block") + AGAIN,
+    "Lora + Checkpointing": LORA + CHECKPOINTING,
+    "Lora + TokenTune 0.2 + Checkpointing": LORA + tokens(0.2) + CHECKPOINTING,
+    "Lora + TokenTune 0.2, by block, + Checkpointing": LORA + tokens(0.2, schedule="block") + CHECKPOINTING,
 }
 SAVED: dict[str, list[dict[str, Any]]] = {
     "stock": [],
@@ -53,14 +52,14 @@ SAVED: dict[str, list[dict[str, Any]]] = {
     "TokenTune 0.2 + FusedOps": tokens(0.2) + CODED[:1],
     "TokenTune 0.2 + FusedOps + Mesa, attention": tokens(0.2) + CODED,
     "TokenTune 0.2, by block, + FusedOps + Mesa, attention": tokens(0.2, schedule="block") + CODED,
-    "Checkpointing": AGAIN,
-    "TokenTune 0.2 + Checkpointing": tokens(0.2) + AGAIN,
+    "Checkpointing": CHECKPOINTING,
+    "TokenTune 0.2 + Checkpointing": tokens(0.2) + CHECKPOINTING,
     "Lora": LORA,
-    "Lora + Checkpointing": LORA + AGAIN,
+    "Lora + Checkpointing": LORA + CHECKPOINTING,
     "Lora + TokenTune 0.2": LORA + tokens(0.2),
     "Lora + TokenTune 0.2 + FusedOps + Mesa, attention": LORA + tokens(0.2) + CODED,
-    "Lora + TokenTune 0.2 + Checkpointing": LORA + tokens(0.2) + AGAIN,
-    "Lora + TokenTune 0.2, by block, + Checkpointing": LORA + tokens(0.2, schedule="block") + AGAIN,
+    "Lora + TokenTune 0.2 + Checkpointing": LORA + tokens(0.2) + CHECKPOINTING,
+    "Lora + TokenTune 0.2, by block, + Checkpointing": LORA + tokens(0.2, schedule="block") + CHECKPOINTING,
 }
 
 
@@ -123,9 +122,8 @@ def run(
     name: str = NAME,
 ) -> list[dict[str, Any]]:
     """One row per model and recipe, planned ones first; resumes."""
-    config = {"rounds": rounds, "models": models, "planned": shapes}
-    earlier = record.read(name)
-    rows = earlier["rows"] if earlier and earlier["config"] == json.loads(json.dumps(config)) else []
+    config = {"rounds": rounds, "models": models, "planned": shapes, "timed": TIMED, "saved": SAVED}
+    rows = record.rows(name, config)
     done = {(row.get("model"), row.get("timed_model"), row["recipe"]) for row in rows}
     for title, settings in shapes.items():
         for recipe, methods in SAVED.items():

@@ -7,7 +7,6 @@ of models and data beside the project.
 from __future__ import annotations
 
 import gzip
-import json
 import time
 from typing import Any
 
@@ -88,8 +87,7 @@ def trained(
 def run(settings: dict[str, Any] = SETTINGS, seeds: tuple[int, ...] = SEEDS, name: str = NAME) -> list[dict[str, Any]]:
     """One row per seed and recipe; resumes."""
     config = {"settings": settings, "recipes": RECIPES}
-    earlier = record.read(name)
-    rows = earlier["rows"] if earlier and earlier["config"] == json.loads(json.dumps(config)) else []
+    rows = record.rows(name, config)
     for seed in seeds:
         for recipe in [*RECIPES, SAME_TIME]:
             own = {row["recipe"]: row for row in rows if row["seed"] == seed}

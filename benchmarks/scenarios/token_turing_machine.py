@@ -6,7 +6,6 @@ was shown. The mean of all tokens knows which symbols were shown, and not which 
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from types import SimpleNamespace
@@ -143,9 +142,8 @@ def cost(name: str, steps: int, settings: dict[str, Any]) -> dict[str, Any]:
 def run(settings: dict[str, Any] = SETTINGS, seeds: tuple[int, ...] = SEEDS, name: str = NAME) -> list[dict[str, Any]]:
     """One row per length of what it costs, and one per head and seed of what it learns; resumes."""
     torch.set_num_threads(1)
-    config = json.loads(json.dumps({**settings, "heads": HEADS}))
-    earlier = record.read(name)
-    rows: list[dict[str, Any]] = earlier["rows"] if earlier and earlier["config"] == config else []
+    config = {**settings, "heads": HEADS}
+    rows = record.rows(name, config)
 
     def add(row: dict[str, Any]) -> None:
         rows.append(row)

@@ -44,10 +44,11 @@ def table(result: dict[str, Any]) -> str:
     lines = []
     for shape in result["config"]["shapes"]:
         rows = timed(result, shape)
+        edge = frontier(rows)
         stock = next((row for row in rows if row["recipe"] == "stock"), None)
         for row in rows:
             part = f"{row['peak_bytes'] / stock['peak_bytes']:.2f}" if stock else ""
-            best = "yes" if row in frontier(rows) else ""
+            best = "yes" if row in edge else ""
             kind = "baseline" if row["recipe"] in result["config"]["baselines"] else ""
             lines.append([shape, row["recipe"], kind, part, f"{row['measured']:.2f}", best])
     header = ["model", "recipe", "", "peak of forward and backward / stock", "step time / stock", "on the frontier"]

@@ -16,7 +16,8 @@ def table(result: dict[str, Any]) -> str:
         [recipe, *(f"{_exponent(_line(result, recipe, dimension)):.2f}" for dimension in sizes)]
         for recipe in _recipes(result)
     ]
-    return grid(["recipe", *(f"{name}, {of[-2]:,} to {of[-1]:,}" for name, of in sizes.items())], lines) + _foot(result)
+    header = ["recipe", *(f"{name}, {of[-2]:,} to {of[-1]:,}" for name, of in sizes.items())]
+    return grid(header, lines) + "\n" + footer(result)
 
 
 def blocks(result: dict[str, Any]) -> str:
@@ -31,11 +32,7 @@ def blocks(result: dict[str, Any]) -> str:
         gradients = 4 * (b["trainable"] - a["trainable"]) / count / numbers
         told = f"{theory[recipe]:.3f}" if recipe in theory else ""
         lines.append([recipe, f"{kept:.3f}", told, f"{peak:.2f}", f"{gradients:.2f}"])
-    return grid(["recipe", "kept", "by theory", "peak", "gradients in it"], lines) + _foot(result)
-
-
-def _foot(result: dict[str, Any]) -> str:
-    return "\n" + footer(result)
+    return grid(["recipe", "kept", "by theory", "peak", "gradients in it"], lines) + "\n" + footer(result)
 
 
 def _recipes(result: dict[str, Any]) -> list[str]:
