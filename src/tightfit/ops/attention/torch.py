@@ -91,7 +91,7 @@ def dropout_attention(
     if bias is None and mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
     factor = math.sqrt(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    joint = _DropoutJoint(p, factor, Kept(codec, q, k, v), mask is not None, bias is not None)
+    joint = _DropoutJoint(p, factor, Kept(codec, q, k, v), mask, bias)
     out, bits, *packed = _DropoutAttention.apply(joint, q, k, v, mask, bias)
     added = [t for t in (mask, bias) if t is not None]
     return attach(out, (bits, *added, *(packed or (q, k, v))), joint)
@@ -115,11 +115,11 @@ def _wide(t: Tensor) -> Tensor:
 class _DropoutJoint(Joint):
     """Forward again and backward, some batch elements at a time."""
 
-    wants_bias = False
-
-    def __init__(self, p: float, factor: float, coded: Kept, masked: bool, biased: bool):
+    def __init__(self, p: float, factor: float, coded: Kept, mask: Tensor | None, bias: Tensor | None):
         super().__init__(self.again)
-        self.p, self.factor, self.coded, self.masked, self.biased = p, factor, coded, masked, biased
+        self.p, self.factor, self.coded = p, factor, coded
+        self.masked, self.biased = mask is not None, bias is not None
+        self.learns = bias is not None and bias.requires_grad
 
     def inputs_of(self, kept: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], tuple[Tensor | None, Tensor | None]]:
         """(bits of the noise, [q, k, v], (attention mask, bias)); the last two stand between the others"""
@@ -164,7 +164,7 @@ class _DropoutJoint(Joint):
         grad = grad.view(out.shape)
         grads = [torch.empty_like(t) for t in (q, k, v)]
         mask, bias = added
-        of_bias = torch.zeros_like(bias) if bias is not None and self.wants_bias else None
+        of_bias = torch.zeros_like(bias) if bias is not None and self.learns else None
         for number, part in enumerate(_parts(q, k)):
             found = self.probabilities(q, k, added, part)
             noise = self.noise(packed, found, number)
@@ -198,7 +198,6 @@ class _DropoutAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, joint, q, k, v, mask, bias):
         ctx.joint = joint
-        joint.wants_bias = bias is not None and bias.requires_grad
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
         packed = []
         for part in _parts(q, k):
