@@ -58,23 +58,24 @@ def test_suffix_and_score_take_the_last_and_the_highest():
     assert best.positions[:2].tolist() == [[0, 1, 2, 3]] * 2
 
 
-def test_blocks_are_whole_and_aligned():
-    real = torch.ones(4, 128, dtype=torch.bool)
+def test_blocks_are_runs_of_tokens():
+    real = torch.ones(64, 128, dtype=torch.bool)
     found = select(Draw(real, torch.zeros_like(real)), None, 48, "block", Counter(0), 0)
-    starts = found.positions.view(4, 3, policies.BLOCK)
-    assert (starts[..., 0] % policies.BLOCK == 0).all()
-    assert (starts == starts[..., :1] + torch.arange(policies.BLOCK)).all()
-    assert len({tuple(row) for row in found.positions.tolist()}) > 1
+    for row in found.positions.tolist():
+        runs = sum((place + 1) % 128 not in row for place in row)
+        assert runs <= 3, row
+    assert len({tuple(row) for row in found.positions.tolist()}) > 60
 
 
-def test_every_token_is_drawn_with_its_probability():
+@pytest.mark.parametrize("policy", ["random", "block"])
+def test_every_token_is_drawn_with_its_probability(policy):
     real = torch.arange(10) < torch.tensor([[10], [7]])
     given = Draw(real, keep_set(real, causal=True))
     counter = Counter(5)
     drawn = torch.zeros(2, 10)
     chance = torch.zeros(2, 10)
     for _ in range(2000):
-        found = select(given, 0.4, None, "random", counter, 2)
+        found = select(given, 0.4, None, policy, counter, 2)
         drawn.scatter_add_(1, found.positions, found.valid.float())
         for b in range(2):
             chance[b, found.positions[b][found.valid[b]]] = found.probability[b][found.valid[b]]

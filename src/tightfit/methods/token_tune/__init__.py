@@ -45,7 +45,7 @@ class TokenTune(Transform):
         ratio: share of each example's tokens, a float; 1.0 is the stock step. Exactly one of `ratio` and `count`.
         count: tokens of each example, an int.
         policy: "random"; "labelled" (random among tokens that have a target); "suffix" (the last ones); "block"
-            (random aligned blocks of 16); "score" (the most changed by the blocks, or the highest `token_scores` of the
+            (random blocks of 16); "score" (the most changed by the blocks, or the highest `token_scores` of the
             batch); "bernoulli" (each token by itself). All but the last keep an encoder's first token, a decoder's
             first and last one.
         normalise: the loss is a mean over the "selected" targets, or an estimate of the mean over "all": each token is

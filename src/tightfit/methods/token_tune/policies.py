@@ -12,7 +12,7 @@ from tightfit.core import hfmodel, processes
 
 POLICIES = ("random", "labelled", "suffix", "block", "score", "bernoulli")
 BLOCK = 16
-"""Tokens of an aligned block under policy="block"."""
+"""Tokens of a block under policy="block"."""
 
 SPREAD = 4.5
 """Standard deviations above its mean that a Bernoulli row has room for; what exceeds it (1 row in 300,000) is cut."""
@@ -142,8 +142,7 @@ def select(
         assert draw.scores is not None
         order = draw.scores.float()
     elif policy == "block":
-        blocks = random.uniform(rows, -(-length // BLOCK), device)
-        order = blocks[:, places // BLOCK].double() - places * 1e-9  # whole blocks, each from its start
+        order = _in_blocks(draw.real & ~draw.keep, random)
     else:
         order = random.uniform(rows, length, device)
         if policy == "labelled" and draw.labelled is not None:
@@ -152,12 +151,25 @@ def select(
     picked = order.topk(size, 1).indices
     valid = (torch.arange(size, device=device) < wanted[:, None]) & open_ones.gather(1, picked)
     kept, room = (draw.keep & open_ones).sum(1), open_ones.sum(1)
-    if policy in ("random", "labelled"):
+    if policy in ("random", "labelled", "block"):
         share = (wanted.minimum(room) - kept) / (room - kept).clamp_min(1)
     else:
         share = wanted / lengths.clamp_min(1)
     chance = torch.where(draw.keep, 1.0, share[:, None].clamp(1e-6, 1.0))
     return arranged(picked, valid, chance)
+
+
+def _in_blocks(free: Tensor, random: Counter) -> Tensor:
+    """(B, L) an order of the free tokens, block by block; each is equally likely to come among the first k.
+
+    The row is a ring that is cut into blocks from a random place on, so no token is the end of a block more often.
+    """
+    rows, length = free.shape
+    numbers = random.uniform(rows, 1 + -(-length // BLOCK), free.device).double()
+    count = free.sum(1, keepdim=True).clamp_min(1)
+    start = (numbers[:, :1] * count).long()
+    place = (free.cumsum(1) - 1 + start).remainder(count)
+    return numbers[:, 1:].gather(1, place // BLOCK) - place % BLOCK * 1e-9
 
 
 def _bernoulli(draw: Draw, ratio: float | None, count: int | None, random: Counter, extra: int) -> Selection:
