@@ -33,3 +33,13 @@ def device(result: dict[str, Any]) -> str:
         if "device" in row
     ]
     return grid(["recipe", "device peak, MiB", "host, MiB"], rows) + "\n" + footer(result)
+
+
+def measured(result: dict[str, Any]) -> str:
+    rows = [
+        [f"{row['measured']:,}", *(f"{row[key]:,}" for key in ("peak_bytes", "planned_peak_bytes", "host_bytes"))]
+        for row in result["rows"]
+        if "measured" in row
+    ]
+    header = ["rows a layer", "allocator's peak of a step, bytes", "planned, bytes", "host, bytes"]
+    return grid(header, rows) + "\n" + footer(result)
