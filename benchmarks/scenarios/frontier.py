@@ -2,8 +2,9 @@
 
 Peaks and saved bytes are those of the whole model, planned (the plan's accuracy has its own benchmark), without
 weights. Step times are of forward and backward of the same model with fewer blocks, in turns with stock, each in a
-process of its own with one thread; optimizer steps are not in them. A recipe that a model refuses is a row with the
-reason. Every row is written as it ends, and the next call goes on.
+process of its own with one thread; optimizer steps are not in them. GaLore, whose steps are taken in backward, has a
+measured peak and no time. A recipe that a model refuses is a row with the reason. Every row is written as it ends, and
+the next call goes on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import itertools
 from typing import Any
 
+import galore
 import record
 import torch
 from recipes import ATTENTION, CHECKPOINTING, FUSED, LORA
@@ -39,6 +41,7 @@ BASELINES: dict[str, list[Any]] = {
     "LoRA + checkpointing": [*LORA, *CHECKPOINTING],
     "LoRA-FA": LORA,
     "LoRA, PEFT's VeLoRA": [{"Lora": {"config": {"peft_type": "LORA", "r": 8, "lora_alpha": 16}}}],
+    "GaLore, layer by layer": [],
 }
 OURS: dict[str, list[Any]] = {
     "FusedOps": FUSED,
@@ -65,15 +68,19 @@ OURS: dict[str, list[Any]] = {
     "Lora + FusedOps + Reversible": [*LORA, *FUSED, {"Reversible": {}}],
     "Lora + PartialEmbedding + FusedOps + Reversible": [*LORA, *VOCABULARY, *FUSED, {"Reversible": {}}],
     "LadderSide": [{"LadderSide": {}}],
+    "LadderSide + FusedOps": [{"LadderSide": {}}, *FUSED],
+    "LadderSide + FusedOps + Mesa, attention": [{"LadderSide": {}}, *FUSED, *ATTENTION],
     "LadderSide, pool": [{"LadderSide": {"projection": "pool"}}],
     "LadderSide + PartialEmbedding": [{"LadderSide": {}}, *VOCABULARY],
     "Sherl": [{"Sherl": {}}],
     "Losa": [{"Losa": {}}],
+    "Losa + FusedOps": [{"Losa": {}}, *FUSED],
     "SparseAdapter": [{"SparseAdapter": {"width": 4096, "groups": "auto"}}],
 }
 RECIPES = BASELINES | OURS
 EDITED = ("LoRA-FA", "LoRA, PEFT's VeLoRA")
 """Baselines that are no recipe of their own: something is changed in the model afterwards."""
+UPDATED_IN_BACKWARD = "GaLore, layer by layer"
 LATER = (
     *("Mesa", "PartialEmbedding", "PartialEmbedding + FusedOps + Mesa", "Lora + PartialEmbedding + FusedOps"),
     *("Lora + PartialEmbedding + FusedOps + Reversible", "LadderSide, pool"),
@@ -130,8 +137,10 @@ def memory(shape: str, recipe: str) -> dict[str, Any]:
     import tightfit
     from tightfit.core.simulate import simulate
 
-    model = built(shape, SHAPES[shape]["blocks"], meta=True)
+    model = built(shape, SHAPES[shape]["blocks"], meta=recipe != UPDATED_IN_BACKWARD)
     batch = example(model, shape)
+    if recipe == UPDATED_IN_BACKWARD:
+        return galore.memory(model, batch)
     if recipe in EDITED:
         model = applied(model, recipe).model
         passes, whole = (simulate(model, batch, optimizer=name) for name in ("sgd", "adamw"))
@@ -178,7 +187,8 @@ def run(names: tuple[str, ...] = tuple(SHAPES), *, times: bool = True) -> list[d
             add({"shape": shape, "recipe": recipe, **found})
     for late, shape in itertools.product((False, True), names if times else ()):
         own = [rows[shape, recipe] for recipe in RECIPES if (recipe in LATER) == late]
-        wanted = [row for row in own if "refused" not in row and "measured" not in row]
+        own = [row for row in own if "refused" not in row and row["recipe"] != UPDATED_IN_BACKWARD]
+        wanted = [row for row in own if "measured" not in row]
         if not wanted:
             continue
         with process(functools.partial(stepper, shape, "stock")) as stock:

@@ -29,6 +29,8 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "Lora + TokenTune 0.3": [{"Lora": {}}, {"TokenTune": {"ratio": 0.3}}],
 }
 SAME_TIME = "full, in the CPU time of TokenTune 0.3"
+MAIN = ("full", "TokenTune 0.3", SAME_TIME, "TokenTune 0.3, Bernoulli", "TokenTune 0.3, unbiased")
+"""Recipes that come before the others."""
 
 
 def windows(length: int) -> torch.Tensor:
@@ -88,8 +90,8 @@ def run(settings: dict[str, Any] = SETTINGS, seeds: tuple[int, ...] = SEEDS, nam
     """One row per seed and recipe; resumes."""
     config = {"settings": settings, "recipes": RECIPES}
     rows = record.rows(name, config)
-    for seed in seeds:
-        for recipe in [*RECIPES, SAME_TIME]:
+    for recipe in (*MAIN, *(recipe for recipe in RECIPES if recipe not in MAIN)):
+        for seed in seeds:
             own = {row["recipe"]: row for row in rows if row["seed"] == seed}
             if recipe in own:
                 continue

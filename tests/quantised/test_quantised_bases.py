@@ -36,9 +36,10 @@ from tightfit import (
 )
 from tightfit.core import hfmodel
 from tightfit.core.memory import live_bytes
-from tightfit.core.quantised import is_quantised, layer_bytes, storage_bytes
+from tightfit.core.quantised import is_quantised, layer_bytes, packed_for_inference, storage_bytes
 
 bnb = pytest.importorskip("bitsandbytes")
+has_avx512bf16 = getattr(bnb.functional, "has_avx512bf16", lambda: False)
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "docs" / "data" / "quantised.json"
@@ -169,6 +170,40 @@ def bound(kind, recipe):
 @pytest.mark.parametrize(("kind", "recipe"), GRID)
 def test_gradients_are_those_on_the_dequantised_base(kind, recipe):
     assert difference(kind, recipe) < bound(kind, recipe)
+
+
+def evaluated(model):
+    """The model after a call in evaluation mode, for which some CPUs pack bitsandbytes' 4-bit weights anew."""
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long))
+    return model.train()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_the_same_after_an_evaluation(kind):
+    model = wide(kind)
+    applied = tightfit.apply(model, Lora(rank=2))
+    batch = {"input_ids": torch.arange(12).view(2, 6), "labels": torch.arange(12).view(2, 6)}
+    found = []
+    for _ in range(2):
+        model(**batch).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+        evaluated(model)
+    assert found[0] and set(found[0]) == set(found[1])
+    off = [name for name, grad in found[0].items() if not torch.equal(grad, found[1][name])]
+    assert not off, off
+    assert not packed_for_inference(applied.remove())
+
+
+@pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes packs for inference on CPUs with AVX512-BF16 only")
+def test_a_model_that_was_packed_for_inference_is_refused():
+    model = evaluated(wide("bitsandbytes 4-bit"))
+    with pytest.raises(tightfit.StateError, match=r"(?s)q_proj.*load the model again"):
+        tightfit.apply(model, Lora())
+    stock = tightfit.apply(wide("bitsandbytes 4-bit"), Lora()).remove()
+    assert packed_for_inference(evaluated(stock)), "what bitsandbytes does is its own matter again"
 
 
 def saved_bytes(kind, recipe):

@@ -20,7 +20,7 @@ from tightfit.core.edits import Edit, Handle, ParameterHandle, Part
 from tightfit.core.errors import ConflictError, StateError, shorten
 from tightfit.core.later import made
 from tightfit.core.parameter import gathered, is_sharded
-from tightfit.core.quantised import only_unpacked
+from tightfit.core.quantised import TrainableInEvaluation, only_unpacked, packed_for_inference
 from tightfit.core.recipe import Recipe, as_recipe
 from tightfit.core.tight import is_tight
 from tightfit.core.transform import Context, Transform
@@ -80,7 +80,7 @@ def apply(model: nn.Module, recipe: Recipe | Transform | list | tuple | None) ->
     if conflicts:
         raise ConflictError("; ".join(str(c) for c in conflicts))
     before = _flags(model)
-    handles: list[Handle] = []
+    handles: list[Handle] = [TrainableInEvaluation(model)]
     try:
         for _, edit in planned:
             handles.append(edit.run(model))
@@ -110,6 +110,13 @@ def _refuse_unready(model: nn.Module) -> None:
         raise StateError(
             f"apply(): this {type(model).__name__} is a copy of, or holds, a model with a recipe applied "
             f"(at {shorten(tight, 3)}); start from a stock model"
+        )
+    packed = packed_for_inference(model)
+    if packed:
+        raise StateError(
+            f"apply(): bitsandbytes has packed layers of this {type(model).__name__} anew for inference on this CPU "
+            f"(at {shorten(packed, 3)}), which no gradient passes; load the model again, and apply the recipe before "
+            f"the model is first called in evaluation mode"
         )
     reason = hfmodel.refuse_wrapped(model)
     if reason:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tightfit.core import hfmodel
+from tightfit.core.edit import Handle
 from tightfit.core.errors import shorten
 
 _PACKED = ("Params4bit", "Int8Params")
@@ -88,6 +89,35 @@ def only_unpacked(model: nn.Module) -> str | None:
         f"nothing that does, so only {len(unpacked)} parameters beside them would: {names}; add tightfit.Lora, "
         f"LadderSide or SparseAdapter to the recipe, or freeze those of them that are not to train (requires_grad_)"
     )
+
+
+def packed_for_inference(model: nn.Module) -> list[str]:
+    """Layers of bitsandbytes that were packed anew for inference on the CPU, which no gradient passes."""
+    states = (
+        (n, vars(m._parameters["weight"]).get("quant_state")) for n, m in model.named_modules() if is_quantised(m)
+    )
+    return [name for name, state in states if getattr(state, "packing_format_for_cpu", False)]
+
+
+class TrainableInEvaluation(Handle):
+    """Keeps bitsandbytes' 4-bit layers from being packed anew for inference while a recipe is on the model.
+
+    On CPUs with AVX512-BF16 a layer does so in its first call in evaluation mode, and stays that way: from then on its
+    input gets a gradient of zero, and its scales are rounded to bfloat16.
+    """
+
+    _SWITCH = "support_avx512bf16_for_cpu"
+
+    def __init__(self, model: nn.Module):
+        self.layers = [module for module in model.modules() if getattr(module, self._SWITCH, False)]
+        self._set(False)
+
+    def undo(self, model: nn.Module) -> None:
+        self._set(True)
+
+    def _set(self, value: bool) -> None:
+        for layer in self.layers:
+            setattr(layer, self._SWITCH, value)
 
 
 def plan_as_plain(module: Any, stock: Any) -> None:
