@@ -128,3 +128,12 @@ def test_what_is_said(good, tmp_path, place, value, words):
     (path / checkpoints.STATE_FILE).write_text(json.dumps(document))
     with pytest.raises(ArtifactError, match=words):
         resume(path, begun())
+
+
+def test_an_optimizer_tensor_of_another_name_is_refused(good, tmp_path):
+    path = tmp_path / good.name
+    shutil.copytree(good, path)
+    content = (path / checkpoints.OPTIMIZER_FILE).read_bytes()
+    (path / checkpoints.OPTIMIZER_FILE).write_bytes(content.replace(b'"0.exp_avg_sq"', b'"0.exp_avg_s6"'))
+    with pytest.raises(ArtifactError, match="other names than were written"):
+        resume(path, begun())

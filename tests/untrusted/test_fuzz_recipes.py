@@ -150,3 +150,24 @@ def test_no_python_object_is_built(tmp_path):
             with pytest.raises(tightfit.RecipeError):
                 read()
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["!!timestamp 2001-99-99x", "!!bool perhaps", "{methods: [{Lora: {rank: !!bool no!}}]}"]
+)
+def test_what_yaml_cannot_make_is_refused(text, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    for read in (lambda: tightfit.Recipe.from_yaml(text), lambda: read_recipe_file(path)):
+        with pytest.raises(tightfit.RecipeError, match=r"no (timestamp|bool): "):
+            read()
+
+
+@pytest.mark.parametrize("key", ["model", "train", "eval"])
+def test_a_name_that_is_too_long_for_a_file_is_a_name(key, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    long = "d" * 5000
+    document = {**FILE, "data": {**FILE["data"], **({} if key == "model" else {key: long})}}
+    path.write_text(yaml.safe_dump(document | ({"model": long} if key == "model" else {})))
+    found = read_recipe_file(path)
+    assert long in (found.model, found.data.train, found.data.eval)

@@ -39,6 +39,13 @@ class ShallowLoader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=f"nested deeper than {DEPTH} levels", problem_mark=mark)
         super().fetch_flow_collection_start(token_class)
 
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (AttributeError, KeyError) as error:  # of "!!bool perhaps", "!!timestamp never"
+            kind, mark = node.tag.rpartition(":")[2], node.start_mark
+            raise yaml.MarkedYAMLError(problem=f"no {kind}: {str(node.value)[:40]!r}", problem_mark=mark) from error
+
 
 def check_document(value: Any, length: int) -> None:
     """See that plain values can be walked and printed.

@@ -331,11 +331,13 @@ def split_state(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[st
                 tensors[f"{index}.{key}"] = value.detach().to("cpu", copy=True).contiguous()
             else:
                 plain[str(index)][key] = value
-    return tensors, {"state": plain, "param_groups": state["param_groups"]}
+    return tensors, {"state": plain, "param_groups": state["param_groups"], "tensors": list(tensors)}
 
 
 def join_state(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `split_state`."""
+    """The inverse of `split_state`. Raises: ValueError: other tensors than it gave."""
+    if set(tensors) != set(rest["tensors"]):
+        raise ValueError("the optimizer's tensors have other names than were written")
     state: dict[int, dict[str, Any]] = {int(i): dict(entries) for i, entries in rest["state"].items()}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")

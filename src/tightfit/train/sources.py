@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,7 +113,7 @@ def _read(name: str, section: DataSection, key: str, limit: int | None) -> tuple
     path = Path(name).expanduser()
     where, _, split = name.partition(":")
     for folder, part in ((path, ""), (Path(where).expanduser(), split)):
-        if folder.is_dir():
+        if os.path.isdir(folder):  # pathlib raises for a name too long
             return _from_datasets(name, str(folder), part, section, key, limit)
     if is_local(name):
         return read_rows(path, columns=section.columns, limit=limit, format=section.format), None
@@ -124,13 +125,13 @@ def _from_datasets(
 ) -> tuple[Rows, str | None]:
     import datasets
 
-    saved = Path(where).is_dir() and any(
+    saved = os.path.isdir(where) and any(
         (Path(where) / marker).exists() for marker in ("dataset_info.json", "dataset_dict.json", "state.json")
     )
     try:
         found = datasets.load_from_disk(where) if saved else datasets.load_dataset(where, section.subset)
     except Exception as error:  # the library raises a dozen unrelated kinds, among them network errors
-        kind = "data folder" if Path(where).is_dir() else "file of this name here, and no hub data set"
+        kind = "data folder" if os.path.isdir(where) else "file of this name here, and no hub data set"
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"data.{key}: {name!r}: no readable {kind} ({type(error).__name__}: {reason})") from None
     eval_split = None
