@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 from torch import nn
 
 SETTINGS = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
@@ -22,7 +24,12 @@ def updated_in_backward(model: nn.Module) -> None:
     for parameter in model.parameters():
         low_rank = SETTINGS if parameter in inside and parameter.dim() == 2 else {}
         optimizer = GaLoreAdamW([{"params": [parameter], **low_rank}], lr=1e-5, no_deprecation_warning=True)
-        parameter.register_post_accumulate_grad_hook(lambda _, own=optimizer: (own.step(), own.zero_grad()))
+        parameter.register_post_accumulate_grad_hook(functools.partial(_update, optimizer))
+
+
+def _update(optimizer: torch.optim.Optimizer, _: torch.Tensor) -> None:
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def memory(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
@@ -37,10 +44,11 @@ def memory(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     before = live_bytes()
     updated_in_backward(model)
     step()
-    state, peak = live_bytes() - before, allocator_peak(step)
+    state = live_bytes() - before
+    rise = allocator_peak(step) - live_bytes()
     return {
-        "peak_bytes": peak - live_bytes(),
-        "whole_peak_bytes": peak,
+        "peak_bytes": rise,
+        "whole_peak_bytes": rise + state + sum(p.nbytes for p in model.parameters()),
         "saved_bytes": saved,
         "state_bytes": state,
         "trainable": sum(p.numel() for p in model.parameters()),

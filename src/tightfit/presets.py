@@ -2,7 +2,7 @@
 
 `exact`, `balanced`, `fast` and `smallest` are places on the measured frontier of memory and time (docs/frontier.md):
 full fine-tuning with the stock gradients in less memory; adapters in a fraction of it at about their own speed;
-adapters trained through a fifth of the tokens, in a short step; and the fewest bytes with the whole vocabulary.
+adapters trained through a fifth of the tokens, in a short step; and the fewest bytes of adapters inside the model.
 
 A name stands for its chain on the command line too, with dashes: `tightfit compare recipe.yaml --methods
 stock,lora,partial-embedding-checkpointing`.
