@@ -78,6 +78,9 @@ COMMON = {
 }
 FULL, ADAPTERS, SIDE = ({**COMMON, "learning_rate": rate} for rate in (1.0e-4, 1.0e-3, 3.0e-3))
 LADDER = {"reduction": 4}
+CACHED = {**LADDER, "cache_bytes": 2**32}
+EPOCHS = {"LadderSide": 5, "Sherl": 2}
+"""Epochs for each of the others', of recipes (and their variants) whose epochs are short: about as much CPU time."""
 GROUPS: dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]] = {
     "baselines": {"stock": (FULL, []), "Lora": (ADAPTERS, LORA)},
     "activations": {
@@ -101,13 +104,13 @@ GROUPS: dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]] = {
         ),
     },
     "side": {
-        "LadderSide": (SIDE, [{"LadderSide": LADDER}]),
-        "LadderSide, r = 8": (SIDE, [{"LadderSide": {}}]),
-        "LadderSide, pool": (SIDE, [{"LadderSide": {**LADDER, "projection": "pool"}}]),
-        "LadderSide, linear": (SIDE, [{"LadderSide": {**LADDER, "projection": "linear"}}]),
-        "LadderSide, random": (SIDE, [{"LadderSide": {**LADDER, "init": "random"}}]),
+        "LadderSide": (ADAPTERS, [{"LadderSide": CACHED}]),
+        "LadderSide, r = 8": (ADAPTERS, [{"LadderSide": {"cache_bytes": 2**32}}]),
+        "LadderSide, pool": (ADAPTERS, [{"LadderSide": {**CACHED, "projection": "pool"}}]),
+        "LadderSide, linear": (ADAPTERS, [{"LadderSide": {**LADDER, "projection": "linear"}}]),
+        "LadderSide, random": (ADAPTERS, [{"LadderSide": {**CACHED, "init": "random"}}]),
         "LadderSide, as published": (
-            SIDE,
+            ADAPTERS,
             [{"LadderSide": {**LADDER, "projection": "linear", "merge": "side"}}],
         ),
         "Sherl": (SIDE, [{"Sherl": {"reduction": 4}}]),
@@ -131,7 +134,8 @@ def work(
     for seed, task, group in itertools.product(seeds, tasks, GROUPS):
         if group in ONLY.get(task, GROUPS):
             for recipe, (rates, methods) in GROUPS[group].items():
-                settings = {**rates, "epochs": tasks[task]["epochs"], "seed": seed}
+                times = EPOCHS.get(recipe.partition(",")[0], 1)
+                settings = {**rates, "epochs": times * tasks[task]["epochs"], "seed": seed}
                 runs.append((task, recipe, seed, settings, methods))
     return runs
 
