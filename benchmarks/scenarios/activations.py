@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import record
-from recipes import CHECKPOINTING, FUSED, LORA
+from recipes import ATTENTION, CHECKPOINTING, FUSED, LORA
 
 NAME = "activations"
 QUICK = True
@@ -40,13 +40,13 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "Mesa": [{"Mesa": {}}],
     "FusedOps": FUSED,
     "FusedOps + Mesa": [*FUSED, {"Mesa": {}}],
-    "FusedOps + Mesa(attention=True)": [*FUSED, {"Mesa": {"attention": True}}],
+    "FusedOps + Mesa(attention=True)": [*FUSED, *ATTENTION],
     "FusedOps + Mesa(attention=True, mlp_bits=4)": [*FUSED, {"Mesa": {"attention": True, "mlp_bits": 4}}],
     "Lora": LORA,
     "Lora + Checkpointing": [*LORA, *CHECKPOINTING],
     "Lora + FusedOps": [*LORA, *FUSED],
     "Lora + FusedOps + Mesa": [*LORA, *FUSED, {"Mesa": {}}],
-    "Lora + FusedOps + Mesa(attention=True)": [*LORA, *FUSED, {"Mesa": {"attention": True}}],
+    "Lora + FusedOps + Mesa(attention=True)": [*LORA, *FUSED, *ATTENTION],
     "Lora + FusedOps + Checkpointing": [*LORA, *FUSED, *CHECKPOINTING],
 }
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import record
 import torch
-from recipes import FUSED, LORA
+from recipes import ATTENTION, FUSED, LORA
 
 NAME = "claims"
 QUICK = False
-MESA: list[Any] = [{"Mesa": {"attention": True}}]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +43,9 @@ class Claim:
 
 STOCK: tuple[str, list[Any]] = ("full fine-tuning", [])
 PLAIN_LORA: tuple[str, list[Any]] = ("LoRA", LORA)
-LEAN = ("FusedOps + Mesa", [*FUSED, *MESA])
-SAMPLED = ("FusedOps + Mesa + WtaCrs", [*FUSED, *MESA, {"WtaCrs": {}}])
-LEAN_LORA = ("Lora + FusedOps + Mesa", [*LORA, *FUSED, *MESA])
+LEAN = ("FusedOps + Mesa", [*FUSED, *ATTENTION])
+SAMPLED = ("FusedOps + Mesa + WtaCrs", [*FUSED, *ATTENTION, {"WtaCrs": {}}])
+LEAN_LORA = ("Lora + FusedOps + Mesa", [*LORA, *FUSED, *ATTENTION])
 TENTH: list[Any] = [{"WtaCrs": {"budget": 0.1}}]
 SIDE = {"projection": "linear", "merge": "side"}
 CLAIMS = (

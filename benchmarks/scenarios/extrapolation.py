@@ -111,8 +111,7 @@ def run() -> list[dict[str, Any]]:
     from tightfit.core.simulate import simulate, timeline
     from tightfit.core.simulate.tracker import PHASES
 
-    earlier = record.read(NAME)
-    rows = {row["name"]: row for row in earlier["rows"]} if earlier else {}
+    rows = {row["name"]: row for row in record.rows(NAME)}
     for case in cases():
         if case.name in rows:
             continue

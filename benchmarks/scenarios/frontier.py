@@ -34,6 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 VOCABULARY: list[Any] = [{"PartialEmbedding": {"ids": list(range(4000))}}]
 VELORA = {"num_groups": 32, "init_type": "batch_average_once"}
+UPDATED_IN_BACKWARD = "GaLore, layer by layer"
 BASELINES: dict[str, list[Any]] = {
     "stock": [],
     "checkpointing": CHECKPOINTING,
@@ -41,7 +42,7 @@ BASELINES: dict[str, list[Any]] = {
     "LoRA + checkpointing": [*LORA, *CHECKPOINTING],
     "LoRA-FA": LORA,
     "LoRA, PEFT's VeLoRA": [{"Lora": {"config": {"peft_type": "LORA", "r": 8, "lora_alpha": 16}}}],
-    "GaLore, layer by layer": [],
+    UPDATED_IN_BACKWARD: [],
 }
 OURS: dict[str, list[Any]] = {
     "FusedOps": FUSED,
@@ -80,7 +81,6 @@ OURS: dict[str, list[Any]] = {
 RECIPES = BASELINES | OURS
 EDITED = ("LoRA-FA", "LoRA, PEFT's VeLoRA")
 """Baselines that are no recipe of their own: something is changed in the model afterwards."""
-UPDATED_IN_BACKWARD = "GaLore, layer by layer"
 LATER = (
     *("Mesa", "PartialEmbedding", "PartialEmbedding + FusedOps + Mesa", "Lora + PartialEmbedding + FusedOps"),
     *("Lora + PartialEmbedding + FusedOps + Reversible", "LadderSide, pool"),
@@ -186,9 +186,9 @@ def run(names: tuple[str, ...] = tuple(SHAPES), *, times: bool = True) -> list[d
                 found = {"refused": str(error)}
             add({"shape": shape, "recipe": recipe, **found})
     for late, shape in itertools.product((False, True), names if times else ()):
-        own = [rows[shape, recipe] for recipe in RECIPES if (recipe in LATER) == late]
-        own = [row for row in own if "refused" not in row and row["recipe"] != UPDATED_IN_BACKWARD]
-        wanted = [row for row in own if "measured" not in row]
+        timed = (recipe for recipe in RECIPES if (recipe in LATER) == late and recipe != UPDATED_IN_BACKWARD)
+        own = [rows[shape, recipe] for recipe in timed]
+        wanted = [row for row in own if "refused" not in row and "measured" not in row]
         if not wanted:
             continue
         with process(functools.partial(stepper, shape, "stock")) as stock:

@@ -31,8 +31,7 @@ def run(seeds: tuple[int, ...] = SEEDS) -> list[dict[str, Any]]:
     from tightfit.train.run import prepare, train
 
     config = {"train": TRAIN, "tasks": TASKS}
-    earlier = record.read(NAME)
-    rows = earlier["rows"] if earlier and earlier["config"] == config else []
+    rows = record.rows(NAME, config)
     done = {(row["task"], row["seed"]) for row in rows}
     for seed in seeds:
         for task_name, task in TASKS.items():

@@ -78,7 +78,8 @@ COMMON = {
 }
 FULL, ADAPTERS, SIDE = ({**COMMON, "learning_rate": rate} for rate in (1.0e-4, 1.0e-3, 3.0e-3))
 LADDER = {"reduction": 4}
-CACHED = {**LADDER, "cache_bytes": 2**32}
+CACHE = {"cache_bytes": 2**32}
+CACHED = {**LADDER, **CACHE}
 EPOCHS = {"LadderSide": 5, "Sherl": 2}
 """Epochs for each of the others', of recipes (and their variants) whose epochs are short: about as much CPU time."""
 GROUPS: dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]] = {
@@ -105,7 +106,7 @@ GROUPS: dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]] = {
     },
     "side": {
         "LadderSide": (ADAPTERS, [{"LadderSide": CACHED}]),
-        "LadderSide, r = 8": (ADAPTERS, [{"LadderSide": {"cache_bytes": 2**32}}]),
+        "LadderSide, r = 8": (ADAPTERS, [{"LadderSide": CACHE}]),
         "LadderSide, pool": (ADAPTERS, [{"LadderSide": {**CACHED, "projection": "pool"}}]),
         "LadderSide, linear": (ADAPTERS, [{"LadderSide": {**LADDER, "projection": "linear"}}]),
         "LadderSide, random": (ADAPTERS, [{"LadderSide": {**CACHED, "init": "random"}}]),

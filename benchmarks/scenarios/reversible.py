@@ -11,7 +11,7 @@ from typing import Any
 
 import record
 import torch
-from recipes import CHECKPOINTING, FUSED, LORA
+from recipes import ATTENTION, CHECKPOINTING, FUSED, LORA
 from turns import forward_backward, measured, process
 
 NAME = "reversible"
@@ -27,7 +27,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "Lora + Reversible(k=1)": [*LORA, {"Reversible": {"k": 1}}],
     "Lora + FusedOps + Checkpointing": [*LORA, *FUSED, *CHECKPOINTING],
     "Lora + FusedOps + Reversible": [*LORA, *FUSED, *REVERSIBLE],
-    "Lora + FusedOps + Mesa + Reversible": [*LORA, *FUSED, {"Mesa": {"attention": True}}, *REVERSIBLE],
+    "Lora + FusedOps + Mesa + Reversible": [*LORA, *FUSED, *ATTENTION, *REVERSIBLE],
 }
 TIMED: dict[str, str] = {
     "Reversible": "Checkpointing",

@@ -11,7 +11,7 @@ from typing import Any
 
 import record
 import torch
-from recipes import CHECKPOINTING, LORA
+from recipes import ATTENTION, CHECKPOINTING, FUSED, LORA
 from turns import forward_backward, measured, process
 
 NAME = "token_tune"
@@ -30,7 +30,7 @@ def tokens(ratio: float, **fields: Any) -> list[dict[str, Any]]:
     return [{"TokenTune": {"ratio": ratio, **fields}}]
 
 
-CODED = [{"FusedOps": {}}, {"Mesa": {"attention": True}}]
+CODED = [*FUSED, *ATTENTION]
 TIMED: dict[str, list[dict[str, Any]]] = {
     "TokenTune 0.1": tokens(0.1),
     "TokenTune 0.2": tokens(0.2),

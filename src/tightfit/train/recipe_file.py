@@ -225,12 +225,7 @@ def is_local(name: str) -> bool:
     if name.startswith("demo:"):
         return False
     looks = name.startswith((".", "/", "~")) or name.count("/") > 1 or bool(_FILE_SUFFIX.search(name))
-    return looks or exists(Path(name).expanduser())
-
-
-def exists(path: str | Path) -> bool:
-    """Whether there is such a file or folder; of a name that the system cannot have (too long) there is none."""
-    return os.path.exists(path)  # pathlib raises
+    return looks or os.path.exists(Path(name).expanduser())  # pathlib raises for a name too long
 
 
 _FILE_SUFFIX = re.compile(r"\.(tsv|csv|jsonl|json|parquet|conll|txt|npz|yaml|safetensors)(\.gz)?$|\.gz$|-ubyte$")
@@ -379,10 +374,10 @@ def _dotted(key_path: KeyPath) -> str:
 
 def _locate(parsed: RecipeFile, path: Path) -> RecipeFile:
     def beside(name: str | None) -> str | None:
-        if name is None or name.startswith(("demo:", "/", "~")) or exists(name):
+        if name is None or name.startswith(("demo:", "/", "~")) or os.path.exists(name):
             return name
         candidate = str(path.parent / name)
-        return candidate if exists(candidate) else name
+        return candidate if os.path.exists(candidate) else name
 
     data = parsed.data.model_copy(update={"train": beside(parsed.data.train), "eval": beside(parsed.data.eval)})
     return parsed.model_copy(update={"model": beside(parsed.model), "data": data})
