@@ -12,10 +12,10 @@ from checks.state import assert_same, gradients, logits, snapshot, train
 import tightfit
 from tightfit import Checkpointing, FusedOps, Lora, Mesa, Velora, WtaCrs
 from tightfit.core.errors import ConflictError, SelectorError
+from tightfit.core.marks import Estimated
 from tightfit.core.memory import allocator_peak, live_bytes, saved_bytes
 from tightfit.core.simulate import simulate
 from tightfit.core.tight import is_tight, state_of
-from tightfit.methods.operators.modules import Estimated
 from tightfit.methods.velora import Directions, value_and_down
 from tightfit.ops.rows import attention_masks
 from tightfit.ops.subtoken import INITS, Subtoken

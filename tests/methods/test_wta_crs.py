@@ -301,6 +301,36 @@ def test_recipes(family, others):
     assert all(torch.equal(g, runs[0][n]) for n, g in gradients(twin, *batches)[1].items())
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"], ids=["head of its own", "head of the embeddings"])
+@pytest.mark.parametrize("others", [(), (FusedOps(),)], ids=["stock loss", "chunked loss"])
+def test_the_head_of_a_language_model_is_sampled_too(family, others, monkeypatch):
+    monkeypatch.setattr(Rows, "least", 1)  # the models here are narrow
+    stock, applied = applied_to(family, *others, WtaCrs(where="lm_head", min_rows=8), dropout=0.0)
+    batch = models.batch(stock, size=4, length=12)
+    name = next(n for n, p in stock.named_parameters() if p is stock.get_output_embeddings().weight)
+    loss, wanted = gradients(stock, batch)
+    draws, total, squares = 60, 0, 0
+    for seed in range(draws):
+        found_loss, found = gradients(applied.model, batch, seed=seed)
+        assert torch.allclose(found_loss, loss, rtol=1e-6)
+        rest = [n for n in wanted if n != name]
+        assert all(torch.allclose(found[n], wanted[n], rtol=1e-4, atol=1e-6) for n in rest)
+        total, squares = total + found[name] / draws, squares + (found[name] - wanted[name]).square().sum()
+    assert squares > 0
+    assert (total - wanted[name]).norm() <= 2 * (squares / draws**2).sqrt()
+
+
+def test_where_it_samples_by_default():
+    llama = models.build("llama")
+    linears = sum(isinstance(m, nn.Linear) for m in llama.modules())
+    assert tightfit.apply(copy.deepcopy(llama), WtaCrs()).report()["methods"]["WtaCrs"]["layers"] == linears
+    # the chunked loss does not tell how noisy it is
+    assert tightfit.apply(llama, WtaCrs(budget="auto")).report()["methods"]["WtaCrs"]["layers"] == linears - 1
+    bert = models.build("bert")
+    inside = sum(isinstance(m, nn.Linear) for m in bert.bert.encoder.modules())
+    assert tightfit.apply(bert, WtaCrs()).report()["methods"]["WtaCrs"]["layers"] == inside
+
+
 def test_checkpointing_draws_the_same_sample_again():
     stock, plain = applied_to("llama", WtaCrs(min_rows=8), dropout=0.0)
     again = tightfit.apply(copy.deepcopy(stock), [WtaCrs(min_rows=8), Checkpointing()])

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from tightfit.ops.linear_cross_entropy import HeadLoss, linear_cross_entropy
 from tightfit.ops.linear_cross_entropy.reference import linear_cross_entropy as reference
 from tightfit.ops.linear_cross_entropy.torch import block_tokens
+from tightfit.ops.rows import Rows
 
 VARIANTS = {
     "plain": {},
@@ -380,6 +381,32 @@ def test_only_wanted_gradients_are_formed():
         )  # fmt: skip
         expected = 4 * (tokens * hidden.numel() + head * weight.numel())
         assert saved_bytes(call) == (expected + 8 if expected else 0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("variant", ["bias", "split", "everything"])
+def test_an_estimated_weight_gradient_is_right_in_the_mean_and_all_else_exact(variant, reduction):
+    tensors, options = problem((40,), width=64, reduction=reduction, chunk_tokens=16, **VARIANTS[variant])
+    weight, bias = tensors[1], tensors[3]
+    loss, d_hidden, exact, *d_bias = loss_and_grads(linear_cross_entropy, tensors, options)
+    draws, total, squares = 400, 0, 0
+    for _ in range(draws):
+        found = loss_and_grads(linear_cross_entropy, tensors, {**options, "codec": Rows(0.3, min_rows=1)})
+        assert torch.equal(found[0], loss)
+        assert torch.equal(found[1], d_hidden)
+        assert bias is None or torch.equal(found[3], d_bias[0])
+        total, squares = total + found[2], squares + (found[2] - exact).square().sum()
+    assert exact.shape == weight.shape
+    assert squares > 0
+    assert (total / draws - exact).norm() <= 2 * (squares / draws**2).sqrt()
+
+
+def test_tokens_without_a_target_are_never_drawn():
+    tensors, options = problem((64,), width=64, ignored=False, chunk_tokens=64)
+    tensors[2][10:] = -100
+    exact = loss_and_grads(linear_cross_entropy, tensors, options)[2]
+    found = loss_and_grads(linear_cross_entropy, tensors, {**options, "codec": Rows(0.2, min_rows=1)})[2]
+    assert torch.allclose(found, exact, rtol=1e-12, atol=1e-14)
 
 
 def test_default_block_is_8_to_16_mib_or_64_tokens():

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tightfit.core.marks import codec_of
 from tightfit.core.tight import state_of
 from tightfit.ops.autograd import autocast_dtype
 from tightfit.ops.linear_cross_entropy import linear_cross_entropy
@@ -331,6 +332,7 @@ def _cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
+        codec=codec_of(head),
     )
     # autocast runs cross_entropy in float32
     return loss.to(torch.float32 if autocast_dtype(logits.device.type) else logits.dtype)

@@ -113,6 +113,14 @@ def has_lm_head(model: nn.Module) -> bool:
         return False
 
 
+def lm_head(model: nn.Module) -> list[str]:
+    """The name of the linear layer that predicts tokens, if there is one and it is no part of the blocks."""
+    if not has_lm_head(model):
+        return []
+    head = unwrapped(model.get_output_embeddings())  # type: ignore[operator]
+    return [name for name, module in stock_modules(model) if module is head and is_linear(module)]
+
+
 def head_parameters(model: nn.Module) -> list[str]:
     """Names of the task head's parameters: those outside the backbone of a model that predicts no tokens.
 

@@ -44,7 +44,8 @@ class WtaCrs(Transform):
         min_rows: keep at least as many rows.
         noise: for budget="auto".
         examples: number of training examples, for scores="cache".
-        where: patterns of the names of linear layers (`|` between them); None: those of the blocks.
+        where: patterns of the names of linear layers (`|` between them); None: those of the blocks, and the head of a
+            language model (not with budget="auto": the chunked loss of `FusedOps` does not watch its noise).
 
     Raises:
         TypeError, ValueError: a field out of range; `examples` missing for, or given without, scores="cache".
@@ -57,7 +58,7 @@ class WtaCrs(Transform):
 
     Source: arXiv 2305.15265, sections 3.2 and 3.3. Deviations: see `tightfit.ops.rows`; attention matrices are not
     sampled, because fused attention has none; by default also the query, key, value, gate and up projections, which
-    save time; no cache of the gradients' norms unless asked for.
+    save time, and the head of a language model; no cache of the gradients' norms unless asked for.
     """
 
     budget: float | str = 0.3
@@ -99,6 +100,8 @@ class WtaCrs(Transform):
     def edits(self, model: nn.Module, context: Context) -> Iterator[Edit]:
         if self.where is None:
             targets = hfmodel.block_linears(model)
+            if targets and not isinstance(self.budget, str):
+                targets += hfmodel.lm_head(model)
         else:
             targets = named_linears(model, self.where, method="WtaCrs")
         if not targets:

@@ -49,7 +49,11 @@ class Codec:
 
     def weight_grad_of(self, grad: Tensor, x: Tensor, transposed: bool) -> Tensor:
         """The same where x (n, I) itself is at hand in backward, because others keep what rebuilds it."""
-        return outer(grad, x, transposed)
+        return outer(*self.sampled(grad, x), transposed)
+
+    def sampled(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of both whose products `weight_grad_of` sums, weighted; by default all of them."""
+        return grad, x
 
     def shares_with(self, other: Codec) -> bool:
         """Whether what the other codec kept of a tensor serves this one as well."""

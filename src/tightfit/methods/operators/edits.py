@@ -11,6 +11,7 @@ from torch import nn
 from tightfit.core import hfmodel
 from tightfit.core.edits import Edit, ModulesEdit, Part
 from tightfit.core.errors import SelectorError, shorten
+from tightfit.core.marks import Coded, Estimated
 from tightfit.core.select import select
 from tightfit.methods.operators import modules
 from tightfit.methods.operators.modules import Chosen, Found
@@ -75,7 +76,7 @@ def operator_edits(model: nn.Module, where: str | None, *, method: str) -> Itera
 def coded_edit(kind: str, where: str | None, codec: Codec, note: str) -> Edit:
     """An edit after which the fused modules of a kind keep what they keep by a codec."""
     find = modules.fused(KINDS[kind][0], chosen_by(where), {"codec": codec})
-    return ModulesEdit(kind=f"{kind}: {note}", mixin=modules.Coded, find=find, note=note)
+    return ModulesEdit(kind=f"{kind}: {note}", mixin=Coded, find=find, note=note)
 
 
 def padding_edit(model: nn.Module) -> Iterator[Edit]:
@@ -139,7 +140,7 @@ def estimator_edits(
     yield ModulesEdit(kind="linear", mixin=modules.FusedLinear, find=fused, note=f"{len(targets)} modules", shared=True)
     yield ModulesEdit(
         kind="linear: weight gradient",
-        mixin=modules.Estimated,
+        mixin=Estimated,
         find=find,
         exclusive=True,
         places=targets,

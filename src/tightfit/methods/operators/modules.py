@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from tightfit.core import hfmodel
+from tightfit.core.marks import codec_of
 from tightfit.core.tight import is_tight, state_of
 from tightfit.methods.operators import probe
 from tightfit.ops.activation import activation, gated_activation, slope_of
-from tightfit.ops.codec import Codec, forget_packed
+from tightfit.ops.codec import forget_packed
 from tightfit.ops.dropout import dropout
 from tightfit.ops.linear import add_scaled, linear
 from tightfit.ops.norm import layer_norm, rms_norm
@@ -31,26 +32,6 @@ GATED = (
     ("wi_0", "wi_1", "wo", "act"),
 )
 """Names that gated MLPs give to (gate, up, down, activation); what the module computes is tried."""
-
-
-class Coded:
-    """Marks a module that keeps what it must keep in a codec's code."""
-
-
-class Estimated:
-    """Marks a linear layer whose weight gradient a codec estimates."""
-
-
-def codec_of(module: Any) -> Codec | None:
-    """The codec of a module's kept tensors; on a marked linear layer the estimator, over that codec. None in eval."""
-    if not module.training:
-        return None
-    stored = state_of(module, Coded)["codec"] if is_tight(module, Coded) else None
-    if not is_tight(module, Estimated):
-        return stored
-    estimator = state_of(module, Estimated)["codec"]
-    estimator.inner = stored
-    return estimator
 
 
 class FusedLinear:

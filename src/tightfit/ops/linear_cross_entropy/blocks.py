@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tightfit.ops import kernels
+from tightfit.ops.codec import Codec
 from tightfit.ops.linear_cross_entropy.reference import LOW_PRECISION
 
 
@@ -20,6 +21,7 @@ class How(NamedTuple):
     softcap: float | None
     ignore_index: int
     label_smoothing: float
+    codec: Codec | None = None
 
     @property
     def sum_dtype(self) -> torch.dtype:

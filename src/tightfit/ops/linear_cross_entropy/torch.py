@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tightfit.ops.autograd import autocast_dtype
+from tightfit.ops.codec import Codec
 from tightfit.ops.linear_cross_entropy.blocks import How, block_of, cap_slope_, capped_, exp_below
 from tightfit.ops.linear_cross_entropy.reference import LOW_PRECISION, HeadLoss, check_settings, check_tensors
 
@@ -43,6 +44,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     chunk_tokens: int | None = None,
     return_frozen_mass: bool = False,
+    codec: Codec | None = None,
 ) -> Tensor | HeadLoss:
     """Cross-entropy of a linear head without its (tokens x vocabulary) logits.
 
@@ -75,6 +77,7 @@ def linear_cross_entropy(
         chunk_tokens: tokens per block; by default as many as keep a block within 16 MiB, at least 64.
         return_frozen_mass: return `HeadLoss(loss, frozen_mass)`. With p the frozen mass of a token, its loss
             over all rows minus its loss over the trainable ones alone is `-log(1 - p)`.
+        codec: estimates the gradient of `weight`, block by block; all else stays exact. None: exact too.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or settings that do not fit together.
@@ -113,6 +116,7 @@ def linear_cross_entropy(
         softcap=None if softcap is None else float(softcap),
         ignore_index=ignore_index,
         label_smoothing=float(label_smoothing),
+        codec=None if codec is None or weight.shape[1] < codec.least else codec,
     )
     loss, mass = _LinearCrossEntropy.apply(*tensors, how, reduction, torch.is_grad_enabled())
     if reduction == "none":
@@ -252,7 +256,7 @@ def _chunked(
                     pull = pull + frozen.pull[part] * (frozen_scale / total).unsqueeze(1) - frozen.direct[part]
                 d_hidden[part] = pull * token
             if d_weight is not None:
-                _add_product(d_weight, d_logits, (inputs * token).to(how.compute_dtype))
+                _add_product(d_weight, *_sampled(d_logits, (inputs * token).to(how.compute_dtype), how))
         return losses, mass, (d_hidden, d_weight, d_bias)
 
 
@@ -324,6 +328,10 @@ def _all_rows(tensors: _Tensors) -> int:
 
 def _fetched(rows: Tensor, device: torch.device, how: How) -> Tensor:
     return rows.to(device, non_blocking=True).to(how.compute_dtype)
+
+
+def _sampled(d_logits: Tensor, inputs: Tensor, how: How) -> tuple[Tensor, Tensor]:
+    return (d_logits, inputs) if how.codec is None else how.codec.sampled(d_logits, inputs)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

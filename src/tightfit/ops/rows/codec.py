@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tightfit.ops.codec import Codec, Like, outer, rows_of
 from tightfit.ops.rows.scores import Scores
-from tightfit.ops.rows.torch import Sample, kept_rows, row_norms, sample_rows, weight_grad
+from tightfit.ops.rows.torch import Sample, kept_rows, row_norms, sample_rows, weight_grad, weighted
 from tightfit.ops.rows.valid import row_factor
 
 _NORMS = "_tightfit_norms"
@@ -71,11 +71,21 @@ class Rows(Codec):
         return self._estimate(rows, Sample(index, weights), grad, transposed)
 
     def weight_grad_of(self, grad: Tensor, x: Tensor, transposed: bool) -> Tensor:
-        k = kept_rows(x.shape[0], self.budget, self.min_rows)
-        if k == x.shape[0]:
+        sample = self._sample(grad, x)
+        if sample is None:
             return outer(grad, x, transposed)
-        sample = sample_rows(_norms_once(x) * row_norms(grad), k, mode=self.mode)
         return self._estimate(x.index_select(0, sample.rows), sample, grad, transposed)
+
+    def sampled(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        sample = self._sample(grad, x)
+        if sample is None:
+            return grad, x
+        return weighted(grad, sample), x.index_select(0, sample.rows)
+
+    def _sample(self, grad: Tensor, x: Tensor) -> Sample | None:
+        """Rows drawn by |x| |dy|; None for all of them."""
+        k = kept_rows(x.shape[0], self.budget, self.min_rows)
+        return None if k == x.shape[0] else sample_rows(_norms_once(x) * row_norms(grad), k, mode=self.mode)
 
     def _estimate(self, rows: Tensor, sample: Sample, grad: Tensor, transposed: bool) -> Tensor:
         found = weight_grad(rows, sample, grad, transposed=transposed)

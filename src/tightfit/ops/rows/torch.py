@@ -180,8 +180,13 @@ def weight_grad(rows_of_x: Tensor, sample: Sample, grad: Tensor, *, transposed: 
             f"rows_of_x has shape {tuple(rows_of_x.shape)} and grad {tuple(grad.shape)} for a sample of {k} rows; "
             f"give ({k}, I), the rows the sample names, and (n, O), the gradient of all n rows"
         )
-    kept = grad.index_select(0, sample.rows).mul_(sample.weights.to(grad.dtype)[:, None])
+    kept = weighted(grad, sample)
     return rows_of_x.t() @ kept if transposed else kept.t() @ rows_of_x
+
+
+def weighted(grad: Tensor, sample: Sample) -> Tensor:
+    """The rows of `grad` (n, O) that the sample names, times their weights; (k, O)."""
+    return grad.index_select(0, sample.rows).mul_(sample.weights.to(grad.dtype)[:, None])
 
 
 def _mass(scores: Tensor) -> Tensor:
