@@ -16,7 +16,7 @@ QUICK = False
 ROUNDS = 7
 MODELS: dict[str, dict[str, Any]] = {
     "BERT-base blocks, 16 x 128": {"family": "bert", "layers": 3, "batch": (16, 128)},
-    "Llama blocks of width 512, vocabulary 32,000, 4 x 256": {"family": "llama", "layers": 4, "batch": (4, 256)},
+    "Llama 8 x 512, vocabulary 32,000, 4 x 256": {"family": "llama", "layers": 8, "batch": (4, 256)},
 }
 RECIPES: dict[str, list[dict[str, Any]]] = {
     "Checkpointing": [{"Checkpointing": {}}],
