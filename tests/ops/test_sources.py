@@ -16,6 +16,8 @@ from tightfit.ops.linear import linear
 from tightfit.ops.norm import layer_norm, rms_norm
 from tightfit.ops.norm import reference as norm_reference
 from tightfit.ops.recompute import recompute
+from tightfit.ops.rows import Rows
+from tightfit.ops.source import source_of
 
 N, D, H = 12, 16, 24
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -355,3 +357,49 @@ def test_random_numbers_are_drawn_again():
     compare(
         lambda x: recompute(lambda t: F.dropout(t, 0.5) ** 2, x, random=True), lambda x: F.dropout(x, 0.5) ** 2, [x]
     )
+
+
+# -- chosen rows --------------------------------------------------------------------------------------------------
+
+
+class _Spy(Rows):
+    """Samples, and knows how many rows it was given."""
+
+    def weight_grad_of_rows(self, grad, noted, rows, transposed):
+        def seen(index):
+            found = rows(index)
+            self.sizes.append((len(found), len(grad)))
+            self.rows = found, index
+            return found
+
+        self.sizes = []
+        return super().weight_grad_of_rows(grad, noted, seen, transposed)
+
+
+@pytest.mark.parametrize("kind", ["layer norm", "rms norm", "gelu", "swiglu"])
+def test_a_sampling_linear_has_only_the_rows_it_chose_rebuilt(kind):
+    x, up, scale, shift = tensors((4, 10, 64), (4, 10, 64), (64,), (64,))
+    make = {
+        "layer norm": lambda: layer_norm(x, (64,), scale, shift, 1e-5),
+        "rms norm": lambda: rms_norm(x, scale, 1e-6, lambda t: rms()(t, scale)),
+        "gelu": lambda: activation(x, nn.GELU(), slope_of(nn.GELU())),
+        "swiglu": lambda: gated_activation(x, up, nn.SiLU(), slope_of(nn.SiLU())),
+    }[kind]
+    (weight,) = tensors((24, 64), seed=3)
+    codec, calls = _Spy(0.3, min_rows=1), []
+    out = make()
+    source = source_of(out)
+    inner = source.rebuild._make
+    source.rebuild._make = lambda *kept: calls.append(len(kept[0])) or inner(*kept)
+    linear(out, weight, codec=codec).sum().backward()
+    assert codec.sizes == [(12, 40)]
+    assert calls == [12]
+    found, index = codec.rows
+    torch.testing.assert_close(found, out.detach().reshape(40, 64)[index], rtol=1e-12, atol=1e-12)
+
+
+def test_two_parts_of_one_tensor_are_noted_apart():
+    whole = torch.randn(8, 10, 64)
+    for half in (whole[:4], whole[4:]):
+        rows = half.reshape(-1, 64)
+        torch.testing.assert_close(Rows(0.3, min_rows=1).note(rows), rows.norm(dim=-1))

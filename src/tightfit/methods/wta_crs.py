@@ -32,8 +32,8 @@ class WtaCrs(Transform):
 
     A layer keeps `budget` of the rows of its input, and the product that forms its weight gradient, a third of a full
     step's work, shrinks by as much: it saves time above all. Layers that read the same input share one sample. Under
-    `FusedOps` nothing more is kept at all: the input is rebuilt in backward, where the best scores, |x| |dy|, are at
-    hand. The forward and the gradients that flow through the layer stay exact.
+    `FusedOps` next to nothing more is kept (a number a row): the chosen rows are rebuilt in backward, where the best
+    scores, |x| |dy|, are at hand. The forward and the gradients that flow through the layer stay exact.
 
     Fields:
         budget: fraction of rows kept, or "auto": starts at 0.3 and is raised, layer by layer, where the noise of the

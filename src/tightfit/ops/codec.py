@@ -7,7 +7,7 @@ tensor back (`rebuilds` is False) still gives the one thing a linear layer wants
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,6 +50,16 @@ class Codec:
     def weight_grad_of(self, grad: Tensor, x: Tensor, transposed: bool) -> Tensor:
         """The same where x (n, I) itself is at hand in backward, because others keep what rebuilds it."""
         return outer(*self.sampled(grad, x), transposed)
+
+    def note(self, x: Tensor) -> Tensor | None:
+        """What `weight_grad_of_rows` wants to know of x (n, I) later; None: it needs all of x."""
+        return None
+
+    def weight_grad_of_rows(
+        self, grad: Tensor, noted: Tensor, rows: Callable[[Tensor], Tensor], transposed: bool
+    ) -> Tensor:
+        """The same where x can be had row by row: `rows` gives those of an index (k,)."""
+        raise NotImplementedError
 
     def sampled(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of both whose products `weight_grad_of` sums, weighted; by default all of them."""

@@ -25,12 +25,15 @@ class Rebuild:
     """Makes one tensor again from what was kept of it; holds no tensor itself but while it is shared.
 
     Several users of the tensor share a rebuilt value, from the first one's backward to the last one's.
+
+    Args:
+        rowwise: a row of the value comes from the same row of everything that is kept, so `rows` can make some alone.
     """
 
     joint = False
 
-    def __init__(self, make: Callable[..., Tensor]):
-        self._make = make
+    def __init__(self, make: Callable[..., Tensor], rowwise: bool = False):
+        self._make, self.rowwise = make, rowwise
         self._autocast: torch.dtype | None = None
         self._users = 0
         self._value: Tensor | None = None
@@ -53,6 +56,10 @@ class Rebuild:
         with torch.no_grad(), self.as_in_forward(kept[0].device.type):
             return self._make(*kept)
 
+    def rows(self, kept: Sequence[Tensor], index: Tensor) -> Tensor:
+        """Some rows of the value, (k, width), where it is `rowwise`; not shared, and by no user that was added."""
+        return self.make([t.reshape(-1, t.shape[-1]).index_select(0, index) for t in kept], None)
+
     def as_in_forward(self, device_type: str) -> AbstractContextManager:
         """Autocast as it was when the value was made."""
         return torch.autocast(device_type, dtype=self._autocast, enabled=self._autocast is not None)
@@ -65,9 +72,11 @@ class Source(NamedTuple):
     rebuild: Rebuild
 
 
-def attach(tensor: Tensor, kept: Sequence[Tensor], rebuild: Rebuild | Callable[..., Tensor]) -> Tensor:
+def attach(
+    tensor: Tensor, kept: Sequence[Tensor], rebuild: Rebuild | Callable[..., Tensor], *, rowwise: bool = False
+) -> Tensor:
     """Hang a source on an operator's output; `kept` must be what the operator keeps anyway."""
-    rebuild = rebuild if isinstance(rebuild, Rebuild) else Rebuild(rebuild)
+    rebuild = rebuild if isinstance(rebuild, Rebuild) else Rebuild(rebuild, rowwise)
     rebuild.remember_autocast(tensor.device.type)
     source = Source(tuple(t.detach() for t in kept), rebuild)
     setattr(tensor, _ATTRIBUTE, (source, tensor._version))
@@ -104,9 +113,9 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
         return copy
     source = source_of(x)
     if source is None:
-        return attach(copy, (x,), lambda kept: kept.to(dtype))
-    make = source.rebuild.make
-    return attach(copy, source.kept, lambda *kept: make(kept, None).to(dtype))
+        return attach(copy, (x,), lambda kept: kept.to(dtype), rowwise=True)
+    make, rowwise = source.rebuild.make, source.rebuild.rowwise
+    return attach(copy, source.kept, lambda *kept: make(kept, None).to(dtype), rowwise=rowwise)
 
 
 def detach_source(tensor: Tensor) -> None:

@@ -76,7 +76,7 @@ def activation(x: Tensor, function: Function, slope: Slope | None = None, *, cod
         return recompute(function, x, codec=codec)
     kept = Kept(codec, x)
     out, *packed = _Activation.apply(x, function, slope, kept)
-    return attach(out, packed or (x,), lambda *saved: function(*kept.again(saved)))
+    return attach(out, packed or (x,), lambda *saved: function(*kept.again(saved)), rowwise=not packed)
 
 
 class _Activation(torch.autograd.Function):
@@ -134,7 +134,7 @@ def gated_activation(
         del gate
         return value.mul_(kept.one(saved, 1))
 
-    return attach(out, packed or (gate, up), again)
+    return attach(out, packed or (gate, up), again, rowwise=not packed and gate.shape == up.shape)
 
 
 class _Gated(torch.autograd.Function):

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tightfit.ops.autograd import cast_for_autocast, refuse_second_derivative
-from tightfit.ops.codec import Codec, Like, outer, pack_once
-from tightfit.ops.source import attach, source_of
+from tightfit.ops.codec import Codec, Like, outer, pack_once, rows_of
+from tightfit.ops.source import Source, attach, source_of
 
 
 def linear(
@@ -60,6 +60,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, transposed, sole, codec):
         cast, weight_cast, bias_cast = cast_for_autocast(x, weight, bias)
         ctx.rebuild, ctx.like, ctx.codec, ctx.packer = None, Like(x.shape, cast.dtype), codec, None
+        ctx.noted = False
         ctx.input_dtype, ctx.transposed, ctx.sole = x.dtype, transposed, sole
         source, packed = source_of(x), None
         if source is None and codec is not None:
@@ -69,9 +70,11 @@ class _Linear(torch.autograd.Function):
                 attach(x, packed.tensors, lambda *kept: codec.decode(kept, like.shape, like.dtype))
                 source = source_of(x)
         if source is not None:
-            source.rebuild.add_user()
-            ctx.rebuild = source.rebuild
-            ctx.save_for_backward(weight, *source.kept)
+            noted = None if codec is None else _noted(x, source, codec)
+            ctx.rebuild, ctx.noted = source.rebuild, noted is not None
+            if noted is None:
+                source.rebuild.add_user()
+            ctx.save_for_backward(weight, *source.kept, *(() if noted is None else (noted,)))
         elif packed is not None:
             ctx.packer = packed.codec  # that of the sibling which packed first
             ctx.save_for_backward(weight, *packed.tensors)
@@ -91,6 +94,10 @@ class _Linear(torch.autograd.Function):
             grad_x = _input_grad(ctx, grad_rows, weight) if joint else None
             if ctx.packer is not None:
                 grad_w = ctx.packer.weight_grad(kept, grad_rows, ctx.like, ctx.transposed)
+            elif ctx.noted:
+                *kept, noted = kept
+                rows = lambda index: ctx.rebuild.rows(kept, index).to(ctx.like.dtype)  # noqa: E731
+                grad_w = ctx.codec.weight_grad_of_rows(grad_rows, noted, rows, ctx.transposed)
             else:
                 x = kept[0] if ctx.rebuild is None else ctx.rebuild(kept, grad_x)
                 form = outer if ctx.codec is None else ctx.codec.weight_grad_of
@@ -100,6 +107,13 @@ class _Linear(torch.autograd.Function):
             if not joint:
                 grad_x = _input_grad(ctx, grad_rows, weight)
         return grad_x, grad_w.to(weight.dtype), grad_b, None, None, None
+
+
+def _noted(x: Tensor, source: Source, codec: Codec) -> Tensor | None:
+    """What the codec notes of x, where it can have chosen rows of it in backward."""
+    n = rows_of(x.shape)
+    alike = all(t.dim() > 0 and rows_of(t.shape) == n for t in source.kept)
+    return codec.note(x.reshape(n, x.shape[-1])) if source.rebuild.rowwise and alike else None
 
 
 def _input_grad(ctx, grad_rows: Tensor, weight: Tensor) -> Tensor | None:

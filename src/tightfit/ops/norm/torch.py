@@ -50,7 +50,8 @@ def layer_norm(
     held_weight, held_bias = lasting(weight), lasting(bias)
     if codec is None or len(shape) > 1 or not x.numel():
         out = _LayerNorm.apply(x, shape, weight, bias, eps)
-        return attach(out, (x,), lambda kept: F.layer_norm(kept, shape, held_weight, held_bias, eps))
+        from_x = functools.partial(F.layer_norm, normalized_shape=shape, weight=held_weight, bias=held_bias, eps=eps)
+        return attach(out, (x,), from_x, rowwise=len(shape) == 1)
     out, *packed = _CodedLayerNorm.apply(x, shape, weight, bias, eps, codec)
 
     def again(*kept: Tensor) -> Tensor:
@@ -180,7 +181,7 @@ def rms_norm(
     held: Tensor = lasting(weight)  # type: ignore[assignment]
     if codec is None or not x.numel():
         from_x = stock if rebuild is None or held is weight else functools.partial(rebuild, held)
-        return attach(_RMSNorm.apply(x, weight, eps, stock, offset), (x,), from_x)
+        return attach(_RMSNorm.apply(x, weight, eps, stock, offset), (x,), from_x, rowwise=True)
     out, *packed = _CodedRMSNorm.apply(x, weight, eps, stock, offset, codec)
     shape, dtype, kind = out.shape, out.dtype, _compute_dtype(x)
 

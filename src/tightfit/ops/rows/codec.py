@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -71,21 +72,32 @@ class Rows(Codec):
         return self._estimate(rows, Sample(index, weights), grad, transposed)
 
     def weight_grad_of(self, grad: Tensor, x: Tensor, transposed: bool) -> Tensor:
-        sample = self._sample(grad, x)
-        if sample is None:
+        lengths = self.note(x)
+        if lengths is None:
             return outer(grad, x, transposed)
-        return self._estimate(x.index_select(0, sample.rows), sample, grad, transposed)
+        return self.weight_grad_of_rows(grad, lengths, functools.partial(x.index_select, 0), transposed)
+
+    def note(self, x: Tensor) -> Tensor | None:
+        n = x.shape[0]
+        return None if kept_rows(n, self.budget, self.min_rows) == n else _norms_once(x)
+
+    def weight_grad_of_rows(
+        self, grad: Tensor, noted: Tensor, rows: Callable[[Tensor], Tensor], transposed: bool
+    ) -> Tensor:
+        sample = self._sample(grad, noted)
+        return self._estimate(rows(sample.rows), sample, grad, transposed)
 
     def sampled(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        sample = self._sample(grad, x)
-        if sample is None:
+        lengths = self.note(x)
+        if lengths is None:
             return grad, x
+        sample = self._sample(grad, lengths)
         return weighted(grad, sample), x.index_select(0, sample.rows)
 
-    def _sample(self, grad: Tensor, x: Tensor) -> Sample | None:
-        """Rows drawn by |x| |dy|; None for all of them."""
-        k = kept_rows(x.shape[0], self.budget, self.min_rows)
-        return None if k == x.shape[0] else sample_rows(_norms_once(x) * row_norms(grad), k, mode=self.mode)
+    def _sample(self, grad: Tensor, lengths: Tensor) -> Sample:
+        """Rows drawn by |x| |dy|."""
+        k = kept_rows(len(lengths), self.budget, self.min_rows)
+        return sample_rows(lengths * row_norms(grad), k, mode=self.mode)
 
     def _estimate(self, rows: Tensor, sample: Sample, grad: Tensor, transposed: bool) -> Tensor:
         found = weight_grad(rows, sample, grad, transposed=transposed)
@@ -114,7 +126,7 @@ class Rows(Codec):
 
 def _norms_once(x: Tensor) -> Tensor:
     """The lengths of the rows of x; siblings read views of one tensor, which remembers them."""
-    owner = x if x._base is None else x._base
+    owner = x if x._base is None or x._base.numel() != x.numel() else x._base
     known: tuple[int, Tensor] | None = getattr(owner, _NORMS, None)
     if known is None or known[0] != x._version or known[1].shape[0] != x.shape[0]:
         known = (x._version, row_norms(x))
