@@ -1,7 +1,8 @@
 """What fits under a memory cap that the system enforces: the largest batch and the longest row of each recipe.
 
 A search without weights says how far a recipe reaches; processes of their own then take real steps, there and beyond,
-that may not have more memory than the cap allows (RLIMIT_DATA). A step that asks for more fails.
+that may not have more memory than the cap allows (RLIMIT_DATA). A step that asks for more fails. Batches are padded, as
+those of the search: the last row is a quarter shorter.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ def capped_step(recipe: str, rows: int, length: int) -> None:
 
     import tightfit
     from tightfit.core.memory import live_bytes
+    from tightfit.core.simulate import example_batch
 
     torch.set_num_threads(1)
     applied = tightfit.apply(model(meta=False), tightfit.Recipe.from_list(RECIPES[recipe]))
     optimizer = torch.optim.AdamW(applied.parameters())
 
     def step(rows: int, length: int) -> None:
-        ids = torch.randint(0, 8_000, (rows, length))
-        applied.model(input_ids=ids, labels=ids).loss.backward()
+        applied.model(**example_batch(applied.model, rows, length)).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
