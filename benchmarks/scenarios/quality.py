@@ -109,6 +109,7 @@ GROUPS: dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]] = {
     },
     "side": {
         "LadderSide": (ADAPTERS, [{"LadderSide": CACHED}]),
+        "LadderSide, r = 4": (ADAPTERS, [{"LadderSide": {"reduction": 4, **CACHE}}]),
         "LadderSide, r = 8": (ADAPTERS, [{"LadderSide": CACHE}]),
         "LadderSide, pool": (ADAPTERS, [{"LadderSide": {**CACHED, "projection": "pool"}}]),
         "LadderSide, linear": (ADAPTERS, [{"LadderSide": {**LADDER, "projection": "linear"}}]),
