@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
     "vit": VIT,
     "base": {"epochs": 20, "batch": 64, "rate": 5e-4},
     "adapt": {"epochs": 2, "batch": 64},
-    "train": 5000,
+    "train": 2500,
     "eval": 2000,
 }
 
