@@ -5,6 +5,7 @@ from transformers import BertConfig, LlamaConfig
 
 import tightfit
 from tightfit.core.fitting import need
+from tightfit.core.simulate import example_batch
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 256}
 
@@ -46,6 +47,18 @@ def test_the_longest_sequence(llama, rows, budget):
     length = tightfit.longest_sequence(llama, batch_size=rows, budget=budget, progress=counts.append)
     assert peak(llama, None, (rows, length)) <= budget < peak(llama, None, (rows, length + 1))
     assert len(counts) <= 12
+
+
+def test_full_rows_may_be_longer_for_they_need_no_mask(llama):
+    recipe, budget = tightfit.FusedOps(), 20 << 20
+    padded = tightfit.longest_sequence(llama, recipe, batch_size=1, budget=budget)
+    full = tightfit.longest_sequence(llama, recipe, batch_size=1, budget=budget, padded=False)
+    assert full > padded
+    batches = [example_batch(llama, 1, length, padded=False) for length in (full, full + 1)]
+    assert peak(llama, recipe, batches[0]) <= budget < peak(llama, recipe, batches[1])
+    assert tightfit.largest_batch(llama, recipe, length=64, budget=budget, padded=False) > 8
+    with pytest.raises(tightfit.DataError, match="0"):
+        tightfit.longest_sequence(llama, batch_size=0, budget=budget, padded=False)
 
 
 def test_positions_bound_the_length(bert, llama):

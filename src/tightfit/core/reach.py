@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 
 from tightfit.core import hfmodel
-from tightfit.core.batch import positions
+from tightfit.core.batch import Batch, check_batch, positions
 from tightfit.core.budget import parse_budget
 from tightfit.core.errors import BudgetError, ConflictError
 from tightfit.core.fitting import need
 from tightfit.core.plan import Draft, Plan, mib
 from tightfit.core.recipe import Recipe, as_recipe
+from tightfit.core.simulate import example_batch
 from tightfit.core.transform import Transform
 
 MOST = 1 << 16
@@ -27,6 +28,7 @@ def largest_batch(
     length: int,
     budget: str | int,
     optimizer: str | Callable = "adamw",
+    padded: bool = True,
     elsewhere: bool = False,
     progress: Callable[[int], None] | None = None,
     **options: Any,
@@ -36,6 +38,8 @@ def largest_batch(
     Args:
         model, recipe, optimizer, **options: as for `plan`.
         length: tokens per row.
+        padded: rows are padded to that length, as those of ordinary data. False: all are full (packed data), for which
+            most models build no mask, so that more rows fit.
         budget, elsewhere: as for `recommend`.
         progress: called with the number of steps simulated.
 
@@ -55,7 +59,7 @@ def largest_batch(
     draft = _draft(model, recipe)
 
     def step(size: int) -> Plan:
-        return draft.plan((size, length), optimizer, options)
+        return draft.plan(_batch(draft, (size, length), padded), optimizer, options)
 
     return _largest(step, most, MOST, f"one row of {length} tokens under {draft.recipe}", progress)
 
@@ -67,6 +71,7 @@ def longest_sequence(
     batch_size: int,
     budget: str | int,
     optimizer: str | Callable = "adamw",
+    padded: bool = True,
     elsewhere: bool = False,
     progress: Callable[[int], None] | None = None,
     **options: Any,
@@ -78,6 +83,7 @@ def longest_sequence(
     Args:
         model, recipe, optimizer, **options: as for `plan`.
         batch_size: rows.
+        padded: as for `largest_batch`. False also for single rows that are not padded.
         budget, elsewhere: as for `recommend`.
         progress: called with the number of steps simulated.
 
@@ -99,7 +105,7 @@ def longest_sequence(
     top = min(n for n in (positions(model), made_for, MOST) if isinstance(n, int) and n > 0)
 
     def step(length: int) -> Plan:
-        return draft.plan((batch_size, length), optimizer, options)
+        return draft.plan(_batch(draft, (batch_size, length), padded), optimizer, options)
 
     rows = f"{batch_size} row{'s' if batch_size > 1 else ''}"
     return _largest(step, most, top, f"{rows} of one token under {draft.recipe}", progress)
@@ -110,6 +116,13 @@ def _draft(model: nn.Module, recipe: Any) -> Draft:
     if draft.conflicts:
         raise ConflictError("; ".join(str(conflict) for conflict in draft.conflicts))
     return draft
+
+
+def _batch(draft: Draft, size: tuple[int, int], padded: bool) -> Batch:
+    if padded:
+        return size
+    check_batch(draft.model, size, long_rows=draft.recipe.long_rows)
+    return example_batch(draft.model, *size, padded=False, long_rows=draft.recipe.long_rows)
 
 
 def _largest(
