@@ -1,7 +1,7 @@
 """Forward and backward of BERT-base and a Llama under recipes: planned peak and saved bytes, as ratios to stock.
 
-Everything is simulated on models without weights (the plan's accuracy has its own benchmark), so the figures are the
-same on every machine.
+Everything is simulated on models without weights (the plan's accuracy has its own benchmark), so the figures in float32
+are the same on every machine; in bfloat16 products take scratch memory, which depends on the CPU.
 """
 
 from __future__ import annotations
