@@ -37,11 +37,9 @@ THEORY = {
 bits of each."""
 
 
-def planned(sizes: dict[str, int], methods: list[Any]) -> dict[str, int]:
-    """Bytes of a step of forward and backward."""
+def llama(sizes: dict[str, int]) -> Any:
+    """A model of these sizes, in training mode."""
     import transformers as hf
-
-    import tightfit
 
     width = sizes["width"]
     config = hf.LlamaConfig(
@@ -51,8 +49,15 @@ def planned(sizes: dict[str, int], methods: list[Any]) -> dict[str, int]:
         num_attention_heads=max(1, width // 64),
         vocab_size=sizes["vocabulary"],
     )
+    return hf.LlamaForCausalLM(config).train()
+
+
+def planned(sizes: dict[str, int], methods: list[Any]) -> dict[str, int]:
+    """Bytes of a step of forward and backward."""
+    import tightfit
+
     with torch.device("meta"):
-        model = hf.LlamaForCausalLM(config).train()
+        model = llama(sizes)
     recipe, size = tightfit.Recipe.from_list(methods), (sizes["rows"], sizes["length"])
     found = tightfit.plan(model, recipe, batch=size, optimizer="sgd")
     step = found.simulation

@@ -10,6 +10,7 @@ from typing import Any
 
 import record
 import torch
+from growth import llama
 from recipes import MAIN
 from turns import forward_backward, measured, process
 
@@ -32,20 +33,11 @@ CHOSEN = (
 
 def stepper(sizes: dict[str, int], methods: list[dict[str, Any]]):
     """Forward and backward of the model of these sizes under the recipe."""
-    import transformers as hf
-
     import tightfit
     from tightfit.core.simulate import example_batch
 
     torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        num_hidden_layers=sizes["blocks"],
-        hidden_size=sizes["width"],
-        intermediate_size=11 * sizes["width"] // 4,
-        num_attention_heads=sizes["width"] // 64,
-        vocab_size=sizes["vocabulary"],
-    )
-    model = hf.LlamaForCausalLM(config).train()
+    model = llama(sizes)
     batch = example_batch(model, sizes["rows"], sizes["length"], padded=False)
     return forward_backward(tightfit.apply(model, tightfit.Recipe.from_list(methods)), batch)
 

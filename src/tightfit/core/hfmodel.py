@@ -114,7 +114,7 @@ def has_lm_head(model: nn.Module) -> bool:
 
 
 def lm_head(model: nn.Module) -> list[str]:
-    """The name of the linear layer that predicts tokens, if there is one and it is no part of the blocks."""
+    """The name of the linear layer that predicts tokens, as a list; empty where there is none."""
     if not has_lm_head(model):
         return []
     head = unwrapped(model.get_output_embeddings())  # type: ignore[operator]

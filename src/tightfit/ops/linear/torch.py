@@ -60,7 +60,6 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, transposed, sole, codec):
         cast, weight_cast, bias_cast = cast_for_autocast(x, weight, bias)
         ctx.rebuild, ctx.like, ctx.codec, ctx.packer = None, Like(x.shape, cast.dtype), codec, None
-        ctx.noted = False
         ctx.input_dtype, ctx.transposed, ctx.sole = x.dtype, transposed, sole
         source, packed = source_of(x), None
         if source is None and codec is not None:
@@ -71,22 +70,22 @@ class _Linear(torch.autograd.Function):
                 source = source_of(x)
         if source is not None:
             noted = None if codec is None else _noted(x, source, codec)
-            ctx.rebuild, ctx.noted = source.rebuild, noted is not None
             if noted is None:
                 source.rebuild.add_user()
-            ctx.save_for_backward(weight, *source.kept, *(() if noted is None else (noted,)))
+            ctx.rebuild = source.rebuild
+            ctx.save_for_backward(weight, noted, *source.kept)
         elif packed is not None:
             ctx.packer = packed.codec  # that of the sibling which packed first
-            ctx.save_for_backward(weight, *packed.tensors)
+            ctx.save_for_backward(weight, None, *packed.tensors)
         else:
-            ctx.save_for_backward(weight, cast)
+            ctx.save_for_backward(weight, None, cast)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(cast, weight_cast.t() if transposed else weight_cast, bias_cast)
 
     @staticmethod
     def backward(ctx, grad):
         refuse_second_derivative("linear")
-        weight, *kept = ctx.saved_tensors
+        weight, noted, *kept = ctx.saved_tensors
         grad_rows = grad.reshape(-1, grad.shape[-1])
         # a source that finishes its own backward here needs the input's gradient; else the rebuilt input goes first
         joint = ctx.sole and ctx.rebuild is not None and ctx.rebuild.joint
@@ -94,8 +93,7 @@ class _Linear(torch.autograd.Function):
             grad_x = _input_grad(ctx, grad_rows, weight) if joint else None
             if ctx.packer is not None:
                 grad_w = ctx.packer.weight_grad(kept, grad_rows, ctx.like, ctx.transposed)
-            elif ctx.noted:
-                *kept, noted = kept
+            elif noted is not None:
                 rows = lambda index: ctx.rebuild.rows(kept, index).to(ctx.like.dtype)  # noqa: E731
                 grad_w = ctx.codec.weight_grad_of_rows(grad_rows, noted, rows, ctx.transposed)
             else:
