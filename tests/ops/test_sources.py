@@ -142,6 +142,24 @@ def test_dropout_attention_is_torchs(mask, dtype):
     )
 
 
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("length", [7, L])
+@pytest.mark.parametrize("rows", [5, 4, 3])
+def test_a_batch_that_parts_do_not_divide(monkeypatch, rows, length, projected):
+    monkeypatch.setattr("tightfit.ops.attention.torch.PART_BYTES", 2 * 4 * HEADS * length**2)  # two elements a part
+    inputs = tensors(*[(rows, HEADS, length, WIDTH)] * 3, (D, HEADS * WIDTH))
+
+    def stock(q, k, v, w):
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=0.25).transpose(1, 2)
+        return F.linear(mixed.reshape(rows, length, -1), w)
+
+    def ours(q, k, v, w):
+        mixed = dropout_attention(q, k, v, None, 0.25).reshape(rows, length, -1)
+        return (linear if projected else F.linear)(mixed, w)
+
+    compare(ours, stock, inputs)
+
+
 @pytest.mark.parametrize("mask", ["none", "boolean", "additive", "causal"])
 @pytest.mark.parametrize("rows", [1, B])
 @pytest.mark.parametrize("parts", [2**20, 1])

@@ -142,20 +142,22 @@ class _DropoutJoint(Joint):
         # a row that may look at nothing gets zeros
         return torch._safe_softmax(scores.add_(mask), -1)
 
-    def noise(self, packed: Tensor, like: Tensor, number: int) -> Tensor:
+    def noise(self, packed: Tensor, like: Tensor, number: int, last: bool) -> Tensor:
         """What the probabilities of part `number` are multiplied with."""
         scale = torch.ones((), dtype=like.dtype).div_(1 - self.p)
         count = -(-like.numel() // 8)
         # only the last part may be smaller than the others, and it ends with the bits
-        start = number * count if (number + 1) * count < packed.numel() else packed.numel() - count
+        start = packed.numel() - count if last else number * count
         return unpack(packed[start : start + count], like.numel(), scale).view(like.shape)
 
     def again(self, *kept) -> Tensor:
         packed, (q, k, v), added = self.inputs_of(kept)
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-        for number, part in enumerate(_parts(q, k)):
+        parts = _parts(q, k)
+        for number, part in enumerate(parts):
             found = self.probabilities(q, k, added, part)
-            out[part] = (found.mul_(self.noise(packed, found, number)) @ _wide(v[part])).transpose(1, 2)
+            noise = self.noise(packed, found, number, part is parts[-1])
+            out[part] = (found.mul_(noise) @ _wide(v[part])).transpose(1, 2)
         return out
 
     def backward(self, kept, parameters, grad):
@@ -165,9 +167,10 @@ class _DropoutJoint(Joint):
         grads = [torch.empty_like(t) for t in (q, k, v)]
         mask, bias = added
         of_bias = torch.zeros_like(bias) if bias is not None and self.learns else None
-        for number, part in enumerate(_parts(q, k)):
+        parts = _parts(q, k)
+        for number, part in enumerate(parts):
             found = self.probabilities(q, k, added, part)
-            noise = self.noise(packed, found, number)
+            noise = self.noise(packed, found, number, part is parts[-1])
             dropped, pull = found * noise, _wide(grad[part]).transpose(1, 2)
             out[part] = (dropped @ _wide(v[part])).transpose(1, 2)
             grads[2][part] = dropped.transpose(-2, -1) @ pull
