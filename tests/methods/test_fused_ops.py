@@ -38,7 +38,7 @@ def assert_equal_gradients(stock, fused, batch, *, tolerance):
         )
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_gradients_are_those_of_stock(family, dropout):
     stock, applied = twin(family, dropout=dropout)

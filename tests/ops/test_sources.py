@@ -304,6 +304,13 @@ def test_dropout_between_a_norm_and_a_linear_adds_bits_only():
     )
 
 
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_dropout_of_nothing_and_of_all(p):
+    inputs = tensors((N, D))
+    compare(lambda x: dropout(x, p), lambda x: F.dropout(x, p), inputs)
+    assert torch.isfinite(dropout(inputs[0], p)).all()
+
+
 def test_nothing_outlives_the_backward():
     import gc
     import weakref

@@ -50,7 +50,7 @@ def fused_sdpa(
     odd = any(kwargs.get(name) is not None and kwargs[name] is not False for name in _PLAIN)
     if not needs or learned or odd or torch.compiler.is_compiling():
         return stock(query, key, value, attention_mask), None
-    if dropout == 0 or query.device.type != "cpu":
+    if dropout in (0, 1) or query.device.type != "cpu":
         parameters = (bias,) if learns else ()
         options: dict[str, Any] = {"parameters": parameters, "random": dropout > 0, "codec": codec}
         return attention(stock, query, key, value, attention_mask, **options), None

@@ -73,7 +73,7 @@ def dropout_attention(
     Args:
         q: (B, H, L, D); k, v: (B, H, S, D).
         mask: boolean (True: attend) or additive, broadcastable to (B, H, L, S); None for none.
-        p: dropout probability.
+        p: dropout probability, below 1.
         scale: default 1 / sqrt(D).
         causal: attend only to positions up to one's own.
         bias: (1 or B, H, L, S), added to the scores; may take a gradient. All layers may share it: it is kept as it is.

@@ -19,7 +19,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     Args:
         x: any shape.
-        p: probability of zero, at least 0 and below 1.
+        p: probability of zero, 0 to 1.
 
     Raises:
         RuntimeError: on double backward.
@@ -33,7 +33,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     Deviation from the plan of replaying a seed on a GPU: bits everywhere, 1/8 byte per element.
     """
-    if p == 0.0 or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.requires_grad:
+    if p in (0.0, 1.0) or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.requires_grad:
         return F.dropout(x, p, training=True)
     out, packed = _Dropout.apply(x, p)
     source = source_of(x)
