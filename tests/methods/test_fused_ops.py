@@ -14,6 +14,8 @@ from tightfit import Checkpointing, FusedOps, Lora, PartialEmbedding
 from tightfit.core.errors import SelectorError
 from tightfit.core.memory import allocator_peak, live_bytes, saved_bytes
 from tightfit.core.simulate import example_batch, simulate
+from tightfit.core.tight import is_tight
+from tightfit.methods.operators.modules import FusedGate
 
 
 def twin(family, *recipe, dtype=torch.float64, **options):
@@ -83,6 +85,81 @@ def test_other_architectures():
         fused = copy.deepcopy(stock)
         tightfit.apply(fused, FusedOps())
         assert_equal_gradients(stock, fused, batch, tolerance=1e-6)
+
+
+def gated_t5():
+    size = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 120}
+    config = hf.T5Config(**size, feed_forward_proj="gated-gelu", dropout_rate=0.3, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    return hf.T5ForConditionalGeneration(config)
+
+
+def fused_gates(model):
+    return sum(is_tight(module, FusedGate) for module in model.modules())
+
+
+def after_applying(stock, recipe):
+    fused = copy.deepcopy(stock)
+    before = torch.get_rng_state()
+    tightfit.apply(fused, recipe)
+    assert torch.equal(torch.get_rng_state(), before)
+    return fused
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_gated_mlp_keeps_its_dropout_in_whatever_mode_it_is_found(mode):
+    stock = getattr(gated_t5().double(), mode)()
+    fused = after_applying(stock, FusedOps())
+    assert fused_gates(fused) == 4
+    assert_equal_gradients(stock.train(), fused.train(), models.batch(stock), tolerance=1e-6)
+    assert_equal_gradients(stock.eval(), fused.eval(), models.batch(stock), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gated_mlp_whose_last_layer_stays_in_float32(dtype):
+    stock = gated_t5().train().to(dtype)
+    for name, parameter in stock.named_parameters():
+        if ".wo." in name:  # as `from_pretrained` leaves them
+            parameter.data = parameter.data.float()
+    assert_equal_gradients(stock, after_applying(stock, FusedOps()), models.batch(stock), tolerance=2e-2)
+
+
+class Gated(torch.nn.Module):
+    """An MLP that is gated but for what `odd` says."""
+
+    def __init__(self, odd):
+        super().__init__()
+        self.odd, self.drop = odd, 0.5
+        self.gate_proj, self.up_proj, self.down_proj = (torch.nn.Linear(32, 32, bias=False) for _ in range(3))
+        self.act_fn = torch.nn.SiLU()
+        self.dropout = torch.nn.Dropout(0.5 if "module" in odd else 0.0)
+        self.factor = torch.nn.Parameter(torch.ones(())) if odd == "a factor" else 1
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.odd == "a clamp":
+            gate, up = gate.clamp(max=10.0), up.clamp(min=-10.0, max=10.0)
+        if self.odd == "float32 inside":
+            return self.down_proj((self.act_fn(gate.float()) * up.float()).to(gate.dtype))
+        out = self.down_proj(self.act_fn(gate) * up * self.factor)
+        if self.odd == "a dropout function behind":
+            return torch.nn.functional.dropout(out, self.drop, self.training)
+        return self.dropout(out) if self.odd == "a dropout module behind" else out
+
+
+ODD = ["a clamp", "float32 inside", "a factor", "a dropout function behind", "a dropout module behind"]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_what_only_looks_like_a_gated_mlp(odd):
+    torch.manual_seed(0)
+    stock = models.build("llama")
+    for layer in stock.model.layers:
+        layer.mlp = Gated(odd)
+    stock.bfloat16().eval()
+    fused = after_applying(stock, FusedOps())
+    assert fused_gates(fused) == 0
+    assert_equal_gradients(stock.train(), fused.train(), models.batch(stock), tolerance=2e-2)
 
 
 # -- what is kept -------------------------------------------------------------------------------------------------

@@ -106,7 +106,11 @@ class FusedGate:
     def forward(self, x):
         state = state_of(self, FusedGate)  # type: ignore[arg-type]
         gate, up, down, act = (getattr(self, name) for name in state["names"])
-        return down(gated_activation(gate(x), up(x), act, state["slope"], codec=codec_of(self)))
+        kinds = [getattr(getattr(layer, "weight", None), "dtype", None) for layer in (gate, up, down)]
+        if len(set(kinds)) > 1:  # the module casts between them, T5 for one
+            return super().forward(x)  # type: ignore[misc]
+        product = gated_activation(gate(x), up(x), act, state["slope"], codec=codec_of(self))
+        return down(product if state["dropout"] is None else getattr(self, state["dropout"])(product))
 
 
 class FusedDropout:
@@ -284,8 +288,15 @@ def gates(chosen: Chosen) -> Callable[[nn.Module], Found]:
         found = []
         for _, module in _matching(model, chosen):
             names = next((n for n in GATED if all(hasattr(module, part) for part in n)), None)
-            if names is not None and probe.is_gated(module, names):
-                found.append((module, {"names": names, "slope": slope_of(getattr(module, names[3]))}))
+            if names is None:
+                continue
+            layers = tuple(f"{name}." for name in names[:3])
+            if any(not name.startswith(layers) for name, _ in module.named_parameters()):
+                continue  # a factor, say, that the form does not have, be it 1 now
+            dropout = next((name for name, child in module.named_children() if isinstance(child, nn.Dropout)), None)
+            if probe.is_gated(module, names, dropout):
+                slope = slope_of(getattr(module, names[3]))
+                found.append((module, {"names": names, "slope": slope, "dropout": dropout}))
         return found
 
     return find

@@ -22,22 +22,38 @@ def rms_offset(module: nn.Module, eps: float) -> float | None:
     return next((o for o in (0.0, 1.0) if found is not None and _alike(found, (o + weight) * unit)), None)
 
 
-def is_gated(module: nn.Module, names: tuple[str, str, str, str]) -> bool:
-    """Whether the module is `down(act(gate(x)) * up(x))`, tried with small layers in place of its own."""
+def is_gated(module: nn.Module, names: tuple[str, str, str, str], dropout: str | None = None) -> bool:
+    """Whether the module is, in training, `down(dropout(act(gate(x)) * up(x)))`, tried with small layers for its own.
+
+    Tried with values up to hundreds, which no clamp leaves alone, and in bfloat16, where a cast shows.
+
+    Args:
+        names: of gate, up, down and act.
+        dropout: name of its dropout module; None: there is none.
+    """
     gate, up, down, act = names
     generator = torch.Generator().manual_seed(0)
-    twin = _alone(module)
+    twin = _alone(module, training=True)
+    if dropout is not None:
+        twin._modules[dropout] = _AddOne()
     for name, (inner, outer) in {gate: (4, 6), up: (4, 6), down: (6, 4)}.items():
         layer = nn.Linear(inner, outer, bias=False, device="meta")  # draws no random numbers
         layer.weight = nn.Parameter(torch.randn(outer, inner, generator=generator), requires_grad=False)
         twin._modules[name] = layer
     x = torch.randn(3, 4, generator=generator)
-    layers = [twin._modules[name] for name in (gate, up, down)]
     function: Callable[[Tensor], Tensor] = getattr(twin, act)
-    found = _call(twin, x)
-    with torch.no_grad():
-        expected = layers[2](function(layers[0](x)) * layers[1](x))  # type: ignore[misc]
-    return found is not None and _alike(found, expected)
+
+    def same(dtype: torch.dtype) -> bool:
+        layers = [twin._modules[name].to(dtype) for name in (gate, up, down)]  # type: ignore[union-attr]
+        rows = torch.cat([x, 100 * x]).to(dtype)
+        with torch.random.fork_rng(devices=[]):  # one that draws is refused; the numbers are the caller's
+            found = _call(twin, rows)
+        with torch.no_grad():
+            product = function(layers[0](rows)) * layers[1](rows)
+            expected = layers[2](product if dropout is None else product + 1)
+        return found is not None and found.dtype == expected.dtype and torch.equal(found, expected)
+
+    return same(torch.float32) and same(torch.bfloat16)
 
 
 def is_pointwise(module: nn.Module) -> bool:
@@ -47,11 +63,21 @@ def is_pointwise(module: nn.Module) -> bool:
     return whole is not None and apart is not None and whole.shape == (3, 4) and torch.equal(whole.view(-1), apart)
 
 
-def _alone(module: nn.Module) -> nn.Module:
+class _AddOne(nn.Module):
+    """Stands for a dropout: tells where it is called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+def _alone(module: nn.Module, training: bool = False) -> nn.Module:
+    """A copy around the same tensors, with its own children."""
     twin = copy.copy(module)
     for table in ("_parameters", "_modules", "_buffers"):
         twin.__dict__[table] = dict(twin.__dict__[table])
-    twin.__dict__["training"] = False
+    for name, child in twin._modules.items():
+        twin._modules[name] = None if child is None else _alone(child, training)
+    twin.__dict__["training"] = training
     return twin
 
 
