@@ -66,6 +66,7 @@ def test_other_architectures():
     words = {"vocab_size": 99, "pad_token_id": 0}
     decoder = {**size, "num_key_value_heads": 1, **words}
     distil = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, **words}
+    mamba = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 4}
     opt = {**size, "ffn_dim": 64, "word_embed_proj_dim": 32, **words}
     for config, kind in (
         (hf.DistilBertConfig(**distil), hf.DistilBertForTokenClassification),
@@ -77,6 +78,8 @@ def test_other_architectures():
         (hf.OPTConfig(**opt), hf.OPTForCausalLM),
         (hf.GPTNeoXConfig(**size, **words), hf.GPTNeoXForCausalLM),
         (hf.Phi3Config(**decoder), hf.Phi3ForCausalLM),
+        # its norm is also given a gate
+        (hf.Mamba2Config(**mamba, hidden_size=32, num_hidden_layers=2, **words), hf.Mamba2ForCausalLM),
     ):
         torch.manual_seed(0)
         stock = kind(config).double().train()

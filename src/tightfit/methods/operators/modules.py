@@ -75,7 +75,9 @@ class FusedLayerNorm:
 class FusedRMSNorm:
     """A root-mean-square norm that keeps its input only."""
 
-    def forward(self, x):
+    def forward(self, x, *args, **kwargs):
+        if args or kwargs:  # a gate, say, which the norm may take and does not need
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         state = state_of(self, FusedRMSNorm)  # type: ignore[arg-type]
         weight, stock = self.weight, super().forward  # type: ignore[attr-defined, misc]
         rebuild = functools.partial(_with_weight, self, stock)
