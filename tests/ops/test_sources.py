@@ -113,6 +113,13 @@ def test_bits_come_back(count):
     assert torch.equal(unpack(packed, count, torch.tensor(2.5)), mask * 2.5)
 
 
+@pytest.mark.parametrize("shape", [(D,), (N, D), (2, 3, D), (2, 2, 3, D)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_output_of_a_linear_may_be_written_to(shape, bias):
+    inputs = tensors(shape, (H, D), *[(H,)] * bias)
+    compare(lambda x, *wb: linear(x, *wb).mul_(2).relu_(), lambda x, *wb: F.linear(x, *wb).mul_(2).relu_(), inputs)
+
+
 # -- attention ----------------------------------------------------------------------------------------------------
 
 B, HEADS, L, WIDTH = 2, 3, 8, 4

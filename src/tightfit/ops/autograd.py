@@ -21,6 +21,15 @@ def without_graph(tensor: Tensor) -> Tensor:
     return tensor if tensor.grad_fn is None else tensor.detach()
 
 
+def no_view(out: Tensor) -> Tensor:
+    """An output that a function may return, in the same memory.
+
+    A view would hand its own base, not this tensor, to the views that are made of it later, and nobody could write
+    to it in place.
+    """
+    return out if out._base is None else out.new_empty(0).set_(out)
+
+
 def saved_apart() -> torch.autograd.graph.saved_tensors_hooks:
     """A context for a short graph inside a backward: what it keeps is no affair of hooks on what the step keeps."""
     return torch.autograd.graph.saved_tensors_hooks(without_graph, lambda tensor: tensor)

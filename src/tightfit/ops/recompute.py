@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tightfit.ops.autograd import refuse_second_derivative, saved_apart
+from tightfit.ops.autograd import no_view, refuse_second_derivative, saved_apart
 from tightfit.ops.codec import Codec, Kept
 from tightfit.ops.source import Rebuild, attach
 
@@ -165,9 +165,7 @@ class _Recompute(torch.autograd.Function):
         ctx.rerun, ctx.count = rerun, len(kept)
         ctx.mark_non_differentiable(*packed)
         ctx.save_for_backward(*kept, *parameters)
-        out = rerun.call(*inputs)
-        # a view would hand its own base, not this tensor, to the views that are made of it later
-        return out if out._base is None else out.new_empty(0).set_(out), *packed
+        return no_view(rerun.call(*inputs)), *packed
 
     @staticmethod
     def backward(ctx, grad, *_):

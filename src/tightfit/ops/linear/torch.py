@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tightfit.ops.autograd import cast_for_autocast, refuse_second_derivative
+from tightfit.ops.autograd import cast_for_autocast, no_view, refuse_second_derivative
 from tightfit.ops.codec import Codec, Like, outer, pack_once, rows_of
 from tightfit.ops.source import Source, attach, source_of
 
@@ -80,7 +80,7 @@ class _Linear(torch.autograd.Function):
         else:
             ctx.save_for_backward(weight, None, cast)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(cast, weight_cast.t() if transposed else weight_cast, bias_cast)
+            return no_view(F.linear(cast, weight_cast.t() if transposed else weight_cast, bias_cast))
 
     @staticmethod
     def backward(ctx, grad):
