@@ -141,11 +141,15 @@ def test_padding_is_told_to_the_layers_and_hardly_drawn():
     keys = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()
     square = keys[:, None, None, :].expand(2, 1, 4, 4)
     additive = torch.zeros(2, 1, 4, 4).masked_fill(~square, torch.finfo(torch.float32).min)
-    for mask in (keys, keys.long(), square, additive, additive + torch.randn(2, 1, 1, 1)):
+    flat = additive[:, 0, 0]
+    four = (square, square.long(), additive, additive + torch.randn(2, 1, 1, 1))
+    for mask in (keys, keys.long(), keys.float(), flat, flat.clamp(min=-1e4), *four):
         with attention_masks(None, mask):
             assert torch.equal(row_factor((2, 4, 8)), torch.where(keys, 1.0, FLOOR).view(-1))
             assert row_factor((2, 5, 8)) is None and row_factor((8, 8)) is None
     assert row_factor((2, 4, 8)) is None
+    with attention_masks(torch.zeros(2, 4)):  # nothing added anywhere
+        assert torch.equal(row_factor((2, 4, 8)), torch.ones(8))
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)

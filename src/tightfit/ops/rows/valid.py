@@ -18,7 +18,11 @@ _ATTRIBUTE = "_tightfit_rows"
 
 @contextlib.contextmanager
 def attention_masks(*masks: Tensor | None) -> Iterator[None]:
-    """While active, `row_factor` knows these masks: (B, S), or (B, 1, Q, S) as blocks get them; bool or additive."""
+    """While active, `row_factor` knows these masks: (B, S), or (B, 1, Q, S) as blocks get them.
+
+    The latter are additive where they are floating point, and so is a (B, S) with a negative number in it or with
+    zeros alone; all others are 0 or False where nobody may look.
+    """
     token = _masks.set(tuple(_seen(m) for m in masks if isinstance(m, Tensor) and m.dim() in (2, 4)))
     try:
         yield
@@ -49,7 +53,9 @@ def _seen(mask: Tensor) -> Tensor:
         return known[1]
     seen = mask.detach()
     if seen.dim() == 4:
-        seen = (seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2)[:, 0].any(dim=-2)
+        seen = (seen > torch.finfo(seen.dtype).min / 2 if seen.is_floating_point() else seen != 0)[:, 0].any(dim=-2)
+    elif seen.is_floating_point():
+        seen = torch.where((seen < 0).any() | (seen == 0).all(), seen >= 0, seen != 0)
     seen = torch.where(seen.bool(), 1.0, FLOOR)
     setattr(mask, _ATTRIBUTE, (mask._version, seen))
     return seen
