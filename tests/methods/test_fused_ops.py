@@ -10,7 +10,7 @@ import transformers as hf
 from checks.state import gradients
 
 import tightfit
-from tightfit import Checkpointing, FusedOps, Lora, PartialEmbedding
+from tightfit import Checkpointing, FusedOps, Lora, Mesa, PartialEmbedding
 from tightfit.core.errors import SelectorError
 from tightfit.core.memory import allocator_peak, live_bytes, saved_bytes
 from tightfit.core.simulate import example_batch, simulate
@@ -163,6 +163,45 @@ def test_what_only_looks_like_a_gated_mlp(odd):
     fused = after_applying(stock, FusedOps())
     assert fused_gates(fused) == 0
     assert_equal_gradients(stock.train(), fused.train(), models.batch(stock), tolerance=2e-2)
+
+
+def _falcon(**kw):
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99}
+    return hf.FalconForCausalLM(hf.FalconConfig(**size, hidden_dropout=0.0, attention_dropout=0.0, **kw))
+
+
+def _sparse():
+    config = hf.DeepseekV32Config(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=99,
+        first_k_dense_replace=2,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        index_n_heads=2,
+        index_head_dim=8,
+        index_topk=4,
+    )
+    return hf.DeepseekV32ForCausalLM(config)
+
+
+@pytest.mark.parametrize("recipe", [FusedOps(), Mesa(attention=True)])
+@pytest.mark.parametrize("make", [_falcon, lambda: _falcon(alibi=True), _sparse])
+def test_models_that_ask_for_the_name_of_their_attention_keep_it(make, recipe):
+    torch.manual_seed(0)
+    stock = make().train()
+    batch = example_batch(stock, 3, 24)
+    fused = copy.deepcopy(stock)
+    tightfit.apply(fused, recipe)
+    torch.testing.assert_close(fused(**batch).loss, stock(**batch).loss, rtol=1e-6, atol=0)
+    if recipe.exact:
+        assert_equal_gradients(stock, fused, batch, tolerance=1e-4)
 
 
 # -- what is kept -------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -171,6 +173,33 @@ def text_config(model: nn.Module) -> Any:
     """The config of the part of the model that reads text, or the only one."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def asks_for_sdpa(modules: Iterable[nn.Module]) -> str | None:
+    """The class among the modules' whose code asks whether the attention is named "sdpa", or None.
+
+    Under another name such a module would compute something else: Falcon's leaves transformers' registry aside, that
+    of DeepSeek V3.2 its sparse mask.
+    """
+    for cls in {type(module): None for module in modules}:
+        found = next((part for part in cls.__mro__ if _names_sdpa(part)), None)
+        if found is not None:
+            return found.__name__
+    return None
+
+
+@functools.cache
+def _names_sdpa(cls: type) -> bool:
+    if cls.__module__.partition(".")[0] in ("torch", "tightfit"):
+        return False
+    members = (inspect.unwrap(getattr(value, "__func__", value)) for value in vars(cls).values() if callable(value))
+    return any(_compares_with_sdpa(f.__code__) for f in members if isinstance(f, types.FunctionType))
+
+
+def _compares_with_sdpa(code: types.CodeType) -> bool:
+    inside = any(_compares_with_sdpa(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    names = [name for constant in code.co_consts for name in (constant if isinstance(constant, tuple) else (constant,))]
+    return inside or ("sdpa" in names and "_attn_implementation" in (*code.co_names, *names))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tightfit.core import hfmodel
 from tightfit.core.edits import Edit, Handle
 from tightfit.core.transform import Slot
 from tightfit.ops.attention import attention, dropout_attention
@@ -20,10 +21,11 @@ _PLAIN = ("cache", "softcap", "output_attentions")
 
 
 def supports(model: nn.Module) -> bool:
-    """Whether the model takes its attention from transformers' registry, and runs torch's attention now."""
+    """Whether the model takes its attention from transformers' registry, whatever its name, and runs torch's now."""
     backend = getattr(model, "_supports_attention_backend", False) or getattr(model, "_supports_sdpa", False)
     config: Any = getattr(model, "config", None)
-    return bool(backend) and getattr(config, "_attn_implementation", None) == STOCK
+    now = getattr(config, "_attn_implementation", None)
+    return bool(backend) and now == STOCK and hfmodel.asks_for_sdpa(model.modules()) is None
 
 
 def fused_sdpa(
