@@ -207,6 +207,20 @@ def test_rows_of_one_token_and_rows_of_padding_only():
             assert len(grads) == len(list(model.parameters()))
 
 
+@pytest.mark.parametrize("policy", ["random", "suffix"])
+def test_a_classifier_trains_through_the_token_it_reads(policy):
+    model = small("llama-class")
+    model.config.pad_token_id = 2
+    inputs = cases.batch(model, "right")
+    for row, length in enumerate(inputs["attention_mask"].sum(1)):
+        inputs["input_ids"][row, length - 2 :] = 2  # texts end with separators, whose id is that of padding too
+    _, wanted = gradients(model, inputs)
+    with tightfit.apply(model, TokenTune(count=2, policy=policy)):
+        for _ in range(5):
+            _, grads = gradients(model, inputs)
+            assert all(g.abs().max() > 0.01 * wanted[n].abs().max() for n, g in grads.items() if "down_proj" in n)
+
+
 @pytest.mark.parametrize("policy", ["random", "labelled", "suffix", "block", "score", "bernoulli"])
 @pytest.mark.parametrize(
     "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bert", "llama-class", "vit"))]

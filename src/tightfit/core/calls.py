@@ -30,6 +30,16 @@ def hidden_states(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out.last_hidden_state
 
 
+def pooled_place(ids: Tensor, padding: int) -> Tensor:
+    """(B, 1): the column that a decoder's classifier reads, the last one whose id is not that of padding.
+
+    >>> pooled_place(torch.tensor([[0, 7, 8, 0]]), 0).tolist()
+    [[2]]
+    """
+    places = torch.arange(ids.shape[1], device=ids.device)
+    return (places * ids.ne(padding)).argmax(1, keepdim=True)
+
+
 @contextlib.contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     """These modules, each for itself, are in evaluation mode for a while."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tightfit.core import hfmodel, processes
-from tightfit.core.calls import named_call
+from tightfit.core.calls import named_call, pooled_place
 from tightfit.core.edits import StackRunner
 from tightfit.core.errors import StateError
 from tightfit.core.stack import asked_to_checkpoint, block_of
@@ -75,10 +75,13 @@ def _prepared(model: Any, tuner: Tuner, call: dict[str, Any], request: Request) 
         ends = [call[key] for key in ("start_positions", "end_positions") if call.get(key) is not None]
         request.keep = torch.stack([e.view(-1) for e in ends], 1) if ends else None
     if head == "pooled" and tuner.facts.causal:
-        # such a head reads the last token that is not padding, with or without a mask
-        ids, pad = call.get("input_ids"), getattr(hfmodel.without_peft(model).config, "pad_token_id", None)
-        if torch.is_tensor(ids) and call.get("attention_mask") is None and pad is not None:
-            request.real = ids.ne(pad)
+        # such a head reads the last token whose id is not that of padding, with or without a mask: not the separator
+        # at the end of a text that has the same id; what stands behind it does not matter
+        ids, pad = call.get("input_ids"), getattr(hfmodel.text_config(model), "pad_token_id", None)
+        if torch.is_tensor(ids) and pad is not None:
+            places = torch.arange(ids.shape[1], device=ids.device)
+            real = ids.ne(pad) if call.get("attention_mask") is None else tuner.real_of(call, ids.shape, ids.device)
+            request.real = real & (places <= pooled_place(ids, pad))
     shifted = call.get("shift_labels")
     if not tuner.facts.per_token or (labels is None and shifted is None):
         return None
