@@ -7,7 +7,7 @@ import copy
 import pytest
 import token_tune_cases as cases
 import torch
-from token_tune_cases import ARCHITECTURES, DECODERS, batch, build, gap, gradients, positions, reference_loss
+from token_tune_cases import ARCHITECTURES, DECODERS, IMAGES, batch, build, gap, gradients, positions, reference_loss
 
 import tightfit
 from tightfit import Checkpointing, FusedOps, Lora, TokenTune, chain
@@ -17,7 +17,7 @@ PADDINGS = [
     pytest.param(name, padding, id=f"{name}-{padding or 'none'}", marks=() if padding == "right" else pytest.mark.slow)
     for name in ARCHITECTURES
     for padding in ("right", "left", None)
-    if not (name == "vit" and padding) and not (padding == "left" and name in ENCODERS_SIDE)
+    if not (name in IMAGES and padding) and not (padding == "left" and name in ENCODERS_SIDE)
 ]
 FEW = ("bert", "llama", "vit", "bart")
 
@@ -111,7 +111,7 @@ def test_the_order_of_positions_and_checkpointing_change_nothing(name):
     applied.remove()
 
 
-@some(*(n for n in ARCHITECTURES if n not in ("vit", "bart")))
+@some(*(n for n in ARCHITECTURES if n not in (*IMAGES, "bart")))
 def test_blocks_run_twice_give_the_same(name):
     model, applied = tuned(name)
     inputs = batch(model)
@@ -162,7 +162,7 @@ def test_a_suffix_behind_a_cached_prefix_gives_the_same(name, padding):
 
 @each
 def test_unselected_ids_get_no_gradient(name):
-    if name == "vit":
+    if name in IMAGES:
         pytest.skip("no ids")
     model, _applied = tuned(name)
     inputs = batch(model)

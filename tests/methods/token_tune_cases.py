@@ -107,6 +107,11 @@ def _vit():
     return hf.ViTForImageClassification(hf.ViTConfig(**SIZE, **NO_DROPOUT, image_size=12, patch_size=4, num_labels=3))
 
 
+def _beit():
+    config = hf.BeitConfig(**SIZE, **NO_DROPOUT, image_size=12, patch_size=4, drop_path_rate=0.0, num_labels=3)
+    return hf.BeitForImageClassification(config)
+
+
 def _bert(head, **kw):
     return getattr(hf, f"BertFor{head}")(hf.BertConfig(**TEXT, **NO_DROPOUT, num_labels=3, **kw))
 
@@ -131,9 +136,11 @@ ARCHITECTURES = {
     "gemma3": _gemma3,
     "qwen3-moe": _qwen3_moe,
     "vit": _vit,
+    "beit": _beit,
     "bart": _bart,
 }
 DECODERS = ("gpt2", "opt", "gpt-neox", "llama", "mistral", "qwen3", "gemma3", "qwen3-moe")
+IMAGES = ("vit", "beit")
 LENGTH, IMAGE_TOKENS = 10, 10
 
 

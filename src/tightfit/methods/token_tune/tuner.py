@@ -155,7 +155,8 @@ class Tuner(Picker):
             out = stock(**rows, **{KEY: self.replay})
         finally:
             self.replay = None
-        return merged(out, kept, routers, selection)
+        out = merged(out, kept, routers, selection)
+        return out if kept is None else with_pooled(runner, out)
 
     def _by_block(self, runner: nn.Module, stock: Stock, call: dict[str, Any], request: Request) -> Any:
         main = _main(call)
@@ -353,6 +354,18 @@ def with_hidden(out: Any, hidden: Tensor) -> Any:
     if isinstance(out, tuple):
         return (hidden, *out[1:])
     out.last_hidden_state = hidden
+    return out
+
+
+def with_pooled(runner: Any, out: Any) -> Any:
+    """A backbone's output whose pooled state is made from all its tokens."""
+    pooler = getattr(runner, "pooler", None)
+    if pooler is None:
+        return out
+    if isinstance(out, tuple):
+        return (out[0], pooler(out[0]), *out[2:]) if len(out) > 1 else out
+    if getattr(out, "pooler_output", None) is not None:
+        out.pooler_output = pooler(out.last_hidden_state)
     return out
 
 
