@@ -184,6 +184,27 @@ def test_the_check_finds_what_structure_does_not_show():
     assert model.training
 
 
+LEARNED = {
+    "doge": lambda: hf.DogeForCausalLM(hf.DogeConfig(**TEXT, num_key_value_heads=2)),
+    "beit": lambda: hf.BeitForImageClassification(
+        hf.BeitConfig(**SIZE, image_size=12, patch_size=4, use_relative_position_bias=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_attention_with_a_learned_mask_is_found(name):
+    model = LEARNED[name]()
+    with pytest.raises(UnsupportedModelError, match="what it adds to its attention is learned"):
+        tightfit.apply(model, TokenTune(ratio=0.5))
+    if name == "doge":
+        with pytest.raises(UnsupportedModelError, match="what it adds to its attention is learned"):
+            tightfit.apply(model, chain(Lora(), TokenTune(ratio=0.5)))
+        with pytest.raises(UnsupportedModelError, match="what it adds to its attention is learned"):
+            tightfit.plan(model, TokenTune(ratio=0.5), batch=(2, 8))
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_attention_that_never_gets_the_context_is_found():
     model = build("llama")
     attention = type(model.model.layers[1].self_attn)

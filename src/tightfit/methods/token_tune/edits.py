@@ -85,11 +85,13 @@ def check(model: nn.Module, tuner: Tuner) -> None:
     stock = functools.partial(type(runner)._stock, runner)
     suffix = tuner.settings.schedule == "suffix"
     before = (tuner.random.step, tuner.sizes)
-    with evaluating(model.modules()), torch.no_grad():
-        expected = hidden_states(stock(**call)).clone()
+    with evaluating(model.modules()):
+        with torch.no_grad():
+            expected = hidden_states(stock(**call)).clone()
         tuner.request = Request(positions=None if suffix else places)
         try:
-            found = hidden_states(state["tuner"].run(runner, stock, call))
+            with torch.enable_grad():  # a part of attention that would not train is found by its gradient
+                found = hidden_states(state["tuner"].run(runner, stock, call)).detach()
         finally:
             tuner.request = None
     tuner.random.step, tuner.sizes = before

@@ -138,6 +138,11 @@ class Replay:
         self.rows: dict[tuple, tuple[Tensor | None, Tensor | None]] = {}
 
     def attend(self, call: Attend, module, query, key, value, mask, kwargs):
+        if torch.is_tensor(mask) and mask.requires_grad:
+            raise UnsupportedModelError(
+                f"TokenTune: {type(module).__name__} is not supported: what it adds to its attention is learned, and "
+                f"would not train, since the selected tokens take their part of the whole model's"
+            )
         rows = self.mask_rows(module, query.dtype)
         kwargs["is_causal"] = False
         if is_cross(module, self.capture.names):
