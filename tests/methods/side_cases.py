@@ -16,6 +16,21 @@ FOUR = {
     "bart": lambda: hf.BartForConditionalGeneration(hf.BartConfig(**WIDE, **BART, max_position_embeddings=64)),
 }
 
+OPT = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+XGLM = {"d_model": 32, "ffn_dim": 64, "num_layers": 4, "attention_heads": 2}
+DROPS_APART = {
+    "opt": lambda **kw: hf.OPTForCausalLM(hf.OPTConfig(**OPT, **kw)),
+    "bart decoder": lambda **kw: hf.BartForCausalLM(hf.BartConfig(**BART, d_model=32, **kw)),
+    "xglm": lambda **kw: hf.XGLMForCausalLM(hf.XGLMConfig(**XGLM, **kw)),
+}
+"""Language models whose head calls the decoder past the backbone, or whose decoder drops in its own forward."""
+
+
+def drops_apart(family):
+    """A seeded model of four blocks with dropout, in training mode."""
+    kw = {"vocab_size": models.VOCABULARY, "max_position_embeddings": 64, "pad_token_id": 1}
+    return models._seeded(lambda: DROPS_APART[family](**kw), 0.3)
+
 
 def four(family, dropout=None):
     """A seeded model of four blocks a stack, in training mode."""

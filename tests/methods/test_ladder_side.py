@@ -8,9 +8,10 @@ import pytest
 import torch
 import transformers as hf
 from checks.state import gradients, logits, train
+from side_cases import DROPS_APART, drops_apart
 
 import tightfit
-from tightfit import LadderSide, Lora
+from tightfit import LadderSide, Lora, Losa, Sherl
 from tightfit.core.edits import planning
 from tightfit.core.memory import saved_bytes
 from tightfit.methods.side.net import small_config
@@ -221,6 +222,27 @@ def test_dropout_of_the_backbone_is_off_in_training_and_modes_are_left_alone():
     tightfit.apply(other, LadderSide(reduction=4, backbone_dropout=True))
     other.dropout.p = 0.0
     assert not torch.equal(other(**batch).logits, other(**batch).logits)
+
+
+@pytest.mark.parametrize("family", DROPS_APART)
+@pytest.mark.parametrize("recipe", [LadderSide(reduction=2), Losa(rank=2), Sherl(reduction=2)], ids=lambda r: r.name)
+def test_no_dropout_where_the_head_goes_past_the_backbone_or_the_decoder_drops_itself(recipe, family):
+    model = drops_apart(family)
+    batch = models.batch(model)
+    expected = logits(model, batch)
+    tightfit.apply(model, recipe)
+    assert torch.equal(model(**batch).logits, expected)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["opt", "bart decoder"])
+def test_a_head_that_goes_past_the_backbone_trains_without_a_cache_too(family):
+    model = drops_apart(family)
+    tightfit.apply(model, LadderSide(reduction=2))
+    assert model(**models.batch(model)).past_key_values is None
+    next(model.model.decoder.layers[0].parameters()).requires_grad_(True)
+    with pytest.raises(tightfit.ConflictError, match="would never get a gradient"):
+        model(**models.batch(model))
 
 
 def test_dropout_of_the_side_net_is_one_number():

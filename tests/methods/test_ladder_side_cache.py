@@ -6,7 +6,7 @@ import models
 import pytest
 import torch
 import transformers as hf
-from side_cases import four, shaken, side_nets
+from side_cases import drops_apart, four, shaken, side_nets
 
 import tightfit
 from tightfit import LadderSide
@@ -55,6 +55,18 @@ def test_losses_are_the_same_and_later_epochs_skip_the_blocks(family, projection
     facts = applied_kept.report()["methods"]["LadderSide"]
     assert facts["cached_examples"] == 9
     assert facts["cached_bytes"] <= LARGE
+
+
+def test_examples_are_served_where_the_head_goes_past_the_backbone():
+    model = drops_apart("opt")
+    applied = tightfit.apply(model, LadderSide(reduction=2, cache_bytes=LARGE))
+    shaken(model)
+    batch = models.batch(model)
+    first = model(**batch).loss
+    assert applied.report()["methods"]["LadderSide"]["cached_examples"] == 3
+    counted = runs_of(model, "model.decoder.layers.0.self_attn.q_proj")
+    assert torch.equal(model(**batch).loss, first)
+    assert counted == []
 
 
 def test_examples_are_known_by_themselves_not_by_their_batch():

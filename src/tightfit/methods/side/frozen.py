@@ -33,9 +33,11 @@ def side_edit(place: Place, method: str, make: Callable[[nn.Module], nn.Module],
 def frozen_edits(model: nn.Module, method: str, *, dropout: bool, cache: Any = None) -> Iterator[Edit]:
     """Freeze the backbone, and let it run as in evaluation mode while the rest trains."""
     yield TrainableEdit(parameters=tuple(hfmodel.body_parameters(model)), trainable=False)
-    yield CallEdit(
+    # a head may call the decoder past the backbone (OPT); of an encoder-decoder the reader is one half only
+    paired = len(hfmodel.stacks(model)) > 1
+    yield ModuleEdit(
         slot=Slot.BLOCKS,
-        where="backbone",
+        module=(hfmodel.backbone(model) if paired else hfmodel.reader(model))[0],
         mixin=FrozenBackbone,
         state=lambda module: {"method": method, "dropout": dropout, "cache": cache},
         note="frozen" if dropout else "frozen, without dropout",
@@ -90,6 +92,13 @@ class FrozenBackbone:
             if own["cache"] is not None:
                 stack.enter_context(own["cache"].looking(self, args, kwargs, SIDE))
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def forward(self, *args, **kwargs):
+        with contextlib.ExitStack() as stack:
+            if not state_of(self, FrozenBackbone)["dropout"]:  # type: ignore[arg-type]
+                # its own forward may drop too (XGLM); what other edits put around that still sees the training
+                stack.enter_context(evaluating([self]))  # type: ignore[list-item]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 def _stock_inside(module: nn.Module) -> Iterator[nn.Module]:
