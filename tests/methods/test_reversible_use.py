@@ -207,6 +207,19 @@ def test_backward_twice():
         torch.autograd.grad(model(**batch).loss, list(model.parameters()), create_graph=True)
 
 
+@pytest.mark.parametrize("fields", [{}, {"variant": "meft1", "adapter_dim": 4}, {"exact": False, "k": 1}])
+def test_hooks_on_gradients_run_once(fields):
+    model = deep("llama", 3)
+    applied = tightfit.apply(model, Reversible(**fields))
+    batch, seen = models.batch(model), []
+    _, wanted = gradients(model, batch)
+    for parameter in applied.parameters():
+        parameter.register_hook(lambda grad: seen.append(1) or grad / 2)
+    _, found = gradients(model, batch)
+    assert len(seen) == len(wanted)
+    close(found, {name: grad / 2 for name, grad in wanted.items()}, 1e-7)
+
+
 def test_partly_frozen_models():
     for frozen in ("embed_tokens", "layers.0", "layers.1", "layers.3", "norm"):
         model, slow = deep("llama", 4), deep("llama", 4)

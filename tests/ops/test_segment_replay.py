@@ -241,6 +241,17 @@ def test_nothing_stays_of_a_state_that_gets_no_gradient():
     assert left() == before
 
 
+def test_hooks_on_gradients_run_once():
+    cell, state, xs = case()
+    wanted = step_of(segment_replay, cell, state, xs)[2]
+    for parameter in cell.mix.parameters():
+        parameter.register_hook(lambda grad: grad / 2)
+    found = step_of(segment_replay, cell, state, xs)[2]
+    for (name, _), now, before in zip([n for n in cell.named_parameters() if n[1].requires_grad], found, wanted):
+        if before is not None:
+            torch.testing.assert_close(now, before / 2 if name.startswith("mix") else before)
+
+
 def test_misuse_is_refused():
     cell, state, xs = case(3)
 

@@ -435,3 +435,10 @@ def test_two_parts_of_one_tensor_are_noted_apart():
     for half in (whole[:4], whole[4:]):
         rows = half.reshape(-1, 64)
         torch.testing.assert_close(Rows(0.3, min_rows=1).note(rows), rows.norm(dim=-1))
+
+
+def test_hooks_on_gradients_of_what_is_recomputed_run_once():
+    x, scale = tensors((N, D), (D,))
+    scale.register_hook(lambda grad: grad / 2)
+    recompute(lambda t: torch.tanh(t) * scale, x, parameters=(scale,)).sum().backward()
+    torch.testing.assert_close(scale.grad, torch.tanh(x.detach()).sum(0) / 2)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 
 def refuse_second_derivative(name: str) -> None:
@@ -33,6 +37,31 @@ def no_view(out: Tensor) -> Tensor:
 def saved_apart() -> torch.autograd.graph.saved_tensors_hooks:
     """A context for a short graph inside a backward: what it keeps is no affair of hooks on what the step keeps."""
     return torch.autograd.graph.saved_tensors_hooks(without_graph, lambda tensor: tensor)
+
+
+def inner_gradients(
+    roots: Sequence[Tensor | GradientEdge], wanted: Sequence[Tensor], grads: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Gradients that a backward makes by a graph of its own and hands on; None where there is none.
+
+    What is handed on reaches the hooks of the parameters among `wanted`, so they must not run here as well.
+    """
+    with _unhooked(wanted):
+        return torch.autograd.grad(roots, wanted, grads, allow_unused=True)
+
+
+@contextlib.contextmanager
+def _unhooked(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Hooks on the gradients of these tensors (`Tensor.register_hook`) do not run."""
+    tables = [table for t in tensors if (table := t._backward_hooks)]
+    held = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()  # the table itself is what autograd looks into
+    try:
+        yield
+    finally:
+        for table, hooks in zip(tables, held):
+            table.update(hooks)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

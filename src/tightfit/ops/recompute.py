@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tightfit.ops.autograd import no_view, refuse_second_derivative, saved_apart
+from tightfit.ops.autograd import inner_gradients, no_view, refuse_second_derivative, saved_apart
 from tightfit.ops.codec import Codec, Kept
 from tightfit.ops.source import Rebuild, attach
 
@@ -135,7 +135,7 @@ class _Rerun(Joint):
             out = self.call(*inputs)
         tensors = (*inputs, *parameters)
         wanted = [t for t in tensors if t.requires_grad]
-        found = iter(torch.autograd.grad(out, wanted, grad.view(out.shape).to(out.dtype), allow_unused=True))
+        found = iter(inner_gradients([out], wanted, [grad.view(out.shape).to(out.dtype)]))
         return out.detach(), [next(found) if t.requires_grad else None for t in tensors]
 
 

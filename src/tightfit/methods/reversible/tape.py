@@ -18,7 +18,7 @@ from tightfit.core.errors import StateError
 from tightfit.core.hfmodel import has_values, storage_key
 from tightfit.methods.reversible.replay import Extras, Part
 from tightfit.methods.reversible.streams import Fixed, Floating, Half, Streams
-from tightfit.ops.autograd import refuse_second_derivative, saved_apart
+from tightfit.ops.autograd import inner_gradients, refuse_second_derivative, saved_apart
 from tightfit.ops.replay import Replay
 
 Numbers = Fixed | Floating
@@ -230,7 +230,7 @@ class _Step:
         if pairs and wanted:
             edges, sent = zip(*pairs)
             del pairs
-            found = iter(torch.autograd.grad(edges, wanted, sent, allow_unused=True))
+            found = iter(inner_gradients(edges, wanted, sent))
         result = [next(found, None) if need else None for need in self.needs[1:]]
         grad = grads[0]
         if grad is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from tightfit.ops.autograd import refuse_second_derivative, saved_apart
+from tightfit.ops.autograd import inner_gradients, refuse_second_derivative, saved_apart
 from tightfit.ops.replay import Replay, own_casts
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
@@ -245,7 +245,7 @@ def _again(run: _Run, t: int, state, wants, given, needs, pull):
         return nothing
     roots, grads = zip(*pairs)
     del made, pairs
-    found = iter(torch.autograd.grad(roots, wanted, grads, allow_unused=True))
+    found = iter(inner_gradients(roots, wanted, grads))
     every = [next(found) if x.requires_grad else None for x in tensors]
     a, b = len(state), len(state) + len(given)
     return every[:a], every[a:b], every[b:]
