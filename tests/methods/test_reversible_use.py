@@ -132,6 +132,18 @@ def test_two_forwards_in_one_loss():
     close({n: p.grad for n, p in model.named_parameters()}, wanted, 1e-6)
 
 
+@pytest.mark.parametrize("recipe", [(Lora(rank=2), Reversible()), (Reversible(variant="meft1", adapter_dim=4),)])
+def test_a_step_between_forward_and_backward_is_refused(recipe):
+    model = deep("llama", 3)
+    optimizer = tightfit.apply(model, tightfit.chain(*recipe)).optimizer(torch.optim.SGD, lr=0.5)
+    first, second = (model(**models.batch(model, seed=seed)).loss for seed in (0, 1))
+    first.backward()
+    optimizer.step()
+    with pytest.raises(StateError, match="modified between the forward and its backward"):
+        second.backward()
+    model(**models.batch(model)).loss.backward()
+
+
 def test_accumulated_halves_are_the_whole_batch():
     model = reversed_model("bert", dropout=0.0)
     whole = models.batch(model, size=4)

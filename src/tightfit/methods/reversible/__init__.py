@@ -70,7 +70,8 @@ class Reversible(Transform):
         TypeError, ValueError: a field out of range, or fields that do not go together; a span that the model does not
             have, or one too deep for floating point (when planned or applied).
         UnsupportedModelError: no stack of blocks, or blocks that change the shape of the states (when applied).
-        StateError: the blocks are checkpointed already; states that are not finite or leave the range (in a step).
+        StateError: the blocks are checkpointed already; states that are not finite or leave the range, or a parameter
+            that was modified between forward and backward (in a step).
 
     Example:
         >>> import tightfit

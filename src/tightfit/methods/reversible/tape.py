@@ -114,6 +114,7 @@ class _Step:
 
     replay: Replay
     needs: tuple[bool, ...]
+    versions: tuple[int, ...]
     extras: Extras | None = None
 
     def __init__(self, tape: Tape, half: Half, part: Part, name: str, number: int, last: bool, keep: bool):
@@ -172,6 +173,19 @@ class _Step:
         with torch.enable_grad(), apart:
             return self.part(x, given)
 
+    def parameter_versions(self) -> tuple[int, ...]:
+        """Changes when somebody writes to a parameter that trains."""
+        return tuple(p._version for p in self.part.parameters)
+
+    def check(self) -> None:
+        """Raise where the part cannot run as it ran."""
+        if self.parameter_versions() != self.versions:
+            raise StateError(
+                f"Reversible: a parameter of block {self.name} was modified between the forward and its backward (an "
+                f"optimizer step?), so the block's input cannot be had back; run the backward first, or the forward "
+                f"again"
+            )
+
     def leaves(self, given: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
         return [t.detach().requires_grad_() if need else t.detach() for t, need in zip(given, needs)]
 
@@ -183,6 +197,7 @@ class _Step:
         """The streams before this step, where its own backward does not run."""
         if self.keep:
             return saved[-2], saved[-1]
+        self.check()
         read, new = self.half.split(self.after(saved))
         x = self.tape.numbers.value(read, self.dtype).requires_grad_(self.needs[1])
         given = self.leaves(saved[: self.given], self.needs[2 + len(self.part.parameters) :])
@@ -197,6 +212,7 @@ class _Step:
 
     def backward(self, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients of (old stream, stream that is read, parameters, arguments)."""
+        self.check()
         tape, half, count = self.tape, self.half, len(self.part.parameters)
         new: Tensor | None = None
         if self.keep:
@@ -265,6 +281,7 @@ class _Reverse(torch.autograd.Function):
         tape, count = step.tape, len(step.part.parameters)
         given = tensors[count:]
         step.needs = (old.requires_grad, read.requires_grad, *(t.requires_grad for t in tensors))
+        step.versions = step.parameter_versions()
         step.given, step.dtype = len(given), read.dtype
         # below the first step that trains nothing asks for the streams
         step.lowest = not (old.requires_grad or read.requires_grad)
