@@ -6,12 +6,13 @@ import warnings
 import models
 import pytest
 import torch
+import transformers as hf
 from checks.state import logits
 from sparse_adapter_cases import FAMILIES, applied, build, dense
 
 import tightfit
 from tightfit import Checkpointing, FusedOps, Lora, Mesa, Reversible, SparseAdapter
-from tightfit.core.errors import ArtifactError, ConflictError, SelectorError, StateError
+from tightfit.core.errors import ArtifactError, ConflictError, SelectorError, StateError, UnsupportedModelError
 from tightfit.methods.sparse_adapter import HostMemoryError, NotFiniteError, bank
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -343,6 +344,12 @@ def test_modules_that_are_no_mlps():
     with pytest.raises(StateError, match="already carries the recipe"):
         tightfit.apply(model, SparseAdapter(width=64))
     found.remove()
+
+
+def test_the_attention_of_a_mixture_of_experts_is_no_mlp():
+    config = hf.MixtralConfig(**models.SIZE, num_key_value_heads=1, num_local_experts=2, vocab_size=models.VOCABULARY)
+    with pytest.raises(UnsupportedModelError, match="no block that ends in an MLP of linear layers"):
+        tightfit.apply(hf.MixtralForCausalLM(config), SparseAdapter(width=64))
 
 
 def test_union_on_a_causal_model_warns_of_the_leak():

@@ -73,7 +73,8 @@ def _mlp_of(model: nn.Module, block: str) -> Mlp | None:
     linears = [
         (f"{block}.{key.removesuffix('.base_layer')}", *_sizes(module))
         for key, module in hfmodel.stock_modules(model.get_submodule(block))
-        if hfmodel.is_linear(module)
+        # an attention's last layer may be a block's last one: a mixture of experts holds stacked weights
+        if hfmodel.is_linear(module) and "att" not in key.lower()
     ]
     if not linears:
         return None
