@@ -4,7 +4,14 @@ import gc
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from tightfit.core import memory
 from tightfit.core.errors import SimulationError
@@ -19,6 +26,12 @@ def bert(**settings):
 def llama(**settings):
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     return LlamaForCausalLM(LlamaConfig(**{**sizes, "intermediate_size": 128, "vocab_size": 500, **settings})).train()
+
+
+def experts():
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    mixture = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **mixture, vocab_size=500)).train()
 
 
 def measured_peak(model, batch, optimizer, clip=None):
@@ -42,7 +55,7 @@ def measured_peak(model, batch, optimizer, clip=None):
     return peak, memory.saved_bytes(step)
 
 
-@pytest.mark.parametrize("make", [bert, llama])
+@pytest.mark.parametrize("make", [bert, llama, experts])
 @pytest.mark.parametrize("padded", [True, False])
 def test_peak_and_saved_bytes_are_the_allocators(make, padded):
     gc.collect()

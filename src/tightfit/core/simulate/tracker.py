@@ -209,7 +209,10 @@ class Tracker(TorchDispatchMode):
                 with real_mode():
                     return value.item()
         try:
-            out = self._known_shape(func, args, kwargs, inputs) if facts.dynamic else func(*args, **kwargs)
+            if func is aten._grouped_mm.default:
+                out = _grouped_mm(*args, **kwargs)
+            else:
+                out = self._known_shape(func, args, kwargs, inputs) if facts.dynamic else func(*args, **kwargs)
         except Exception:
             if self.failed is None:
                 self.failed = (str(func), self.attribution.path(self.phase))
@@ -317,6 +320,15 @@ def _positions(index):
     with real_mode():
         found = value.nonzero(as_tuple=True)
     return tuple(torch.empty(f.shape, dtype=f.dtype, device="cpu") for f in found)
+
+
+def _grouped_mm(one, other, offs=None, bias=None, out_dtype=None):
+    """The products of experts; torch's own fake kernel refuses all types but bfloat16, its CPU kernel does not."""
+    if one.dtype == torch.bfloat16:
+        return aten._grouped_mm.default(one, other, offs, bias, out_dtype)
+    groups = {2: () if offs is None else (offs.shape[0],), 3: (one.shape[0],)}
+    batch = groups[one.dim()] if one.dim() == other.dim() else ()
+    return torch.empty((*batch, one.shape[-2], other.shape[-1]), dtype=out_dtype or one.dtype, device=one.device)
 
 
 _BETWEEN = (__name__, "torch._dynamo.eval_frame", "torch._compile")
