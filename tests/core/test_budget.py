@@ -22,7 +22,9 @@ def test_budgets(text, count):
     assert parse_budget(text, elsewhere=True) == count
 
 
-@pytest.mark.parametrize("given", ["24", "24.5", "", "GiB", "much", "1 potato", "8 G iB", "nan GiB", None, 2.5, True])
+@pytest.mark.parametrize(
+    "given", ["24", "24.5", "", "GiB", "much", "1 potato", "8 G iB", "nan GiB", "1e400GiB", None, 2.5, True]
+)
 def test_what_is_no_budget(given):
     with pytest.raises(tightfit.BudgetError, match="budget: got") as caught:
         parse_budget(given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 
@@ -58,7 +59,10 @@ def _bytes(budget: str | int) -> int:
         raise BudgetError(f"budget: got {budget!r} without a unit; write '{number}GiB' or '{number}MiB', say")
     if unit.lower() not in _BY_LOWER:
         raise BudgetError(f"budget: got {budget!r} with the unit {unit!r}, accepted are {', '.join(UNITS)}")
-    return round(float(number) * _BY_LOWER[unit.lower()])
+    count = float(number) * _BY_LOWER[unit.lower()]
+    if math.isinf(count):
+        raise BudgetError(f"budget: got {budget!r}, which is beyond all numbers; accepted is {_ACCEPTED}")
+    return round(count)
 
 
 def machine_bytes(device: str = "cpu") -> int | None:
