@@ -1,4 +1,5 @@
 import math
+import pathlib
 
 import pytest
 import yaml
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 
 from tightfit.core.errors import RecipeError
 from tightfit.train import recipe_file as module
+from tightfit.train.folder import check_free
 from tightfit.train.marked_yaml import dump_yaml, parse_value
 from tightfit.train.recipe_file import read_recipe_file, write_recipe_file
 
@@ -75,6 +77,8 @@ def test_a_failed_write_leaves_the_old_file(good, tmp_path, monkeypatch):
         ("batch_size: 8", "batch_size: 8.5", 8, ["train.batch_size", "8.5", "whole number"]),
         ("batch_size: 8", "batch_size: true", 8, ["train.batch_size", "True", "whole number"]),
         ("batch_size: 8", "batch_size: 0", 8, ["train.batch_size", "0", "> 0"]),
+        ("batch_size: 8", "batch_size: 1" + "0" * 23, 8, ["train.batch_size", "0000", "< 2147483648"]),
+        ("batch_size: 8", "max_length: 1" + "0" * 19, 8, ["train.max_length", "0000", "< 2147483648"]),
         ("learning_rate: 2e-5", "learning_rate: .inf", 8, ["train.learning_rate", "inf", "finite"]),
         ("epochs: 2", "precision: int8", 8, ["train.precision", "int8", "fp32, bf16, fp16"]),
         ("epochs: 2", "optimizer: adam", 8, ["train.optimizer", "adam", "adamw, adamw-fused, sgd, adafactor"]),
@@ -119,6 +123,13 @@ def test_files_that_are_no_recipe(tmp_path):
     assert "got list" in refused(empty)
     empty.write_bytes(b"model: a\ntask: caf\xe9\n")
     assert f"{empty}:2: byte 0xe9 is not UTF-8" in refused(empty)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000])
+def test_an_output_that_no_folder_can_be_named(good, name):
+    file = read_recipe_file(good).model_copy(update={"output": pathlib.Path(name)})
+    with pytest.raises(RecipeError, match=r"output: .* cannot be used: "):
+        check_free(file, resume=False)
 
 
 def test_images_have_no_length_to_be_grouped_by(good):

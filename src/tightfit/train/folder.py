@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,10 +72,17 @@ def check_free(file: RecipeFile, resume: bool) -> None:
     """See that the output folder can be used before anything slow happens.
 
     Raises:
-        RecipeError: it holds something and `resume` is False, it is no run folder, or it is the run of another
-            recipe file (names the first key that differs).
+        RecipeError: no folder can have that name, it holds something and `resume` is False, it is no run folder, or
+            it is the run of another recipe file (names the first key that differs).
     """
     folder = file.output
+    try:
+        os.stat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # `prepare` makes it, or says why not
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"output: {str(folder)[:80]!r} cannot be used: {reason}") from None
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"output: {folder} is a file, accepted is a new or empty folder")
     if not folder.exists() or not any(folder.iterdir()):

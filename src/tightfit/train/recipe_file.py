@@ -32,7 +32,7 @@ Task = Literal[
     "image-classification",
 ]
 Name = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 class _Section(BaseModel):
