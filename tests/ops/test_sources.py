@@ -8,6 +8,7 @@ from torch import nn
 from tightfit.core.memory import saved_bytes
 from tightfit.ops.activation import activation, gated_activation, slope_of
 from tightfit.ops.activation import reference as activation_reference
+from tightfit.ops.affine import Affine
 from tightfit.ops.attention import attention, dropout_attention
 from tightfit.ops.attention import reference as attention_reference
 from tightfit.ops.bits import pack, unpack
@@ -99,6 +100,27 @@ def test_norms_against_their_formulas():
     torch.testing.assert_close(weight.grad, grad_w, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "held"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
+def test_a_layer_norm_of_whatever_type_is_torchs(dtype, held, autocast, coded):
+    codec = Affine() if coded else None
+    (x,), params = tensors((N, D), dtype=dtype), tensors((D,), (D,), dtype=held)
+
+    def run(norm):
+        def call(*inputs):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return norm(inputs[0], (D,), *inputs[1:], 1e-5)
+
+        return call
+
+    ours = run(lambda *given: layer_norm(*given, codec=codec))
+    compare(ours, run(F.layer_norm), [x, *params], rtol=5e-2)
+
+
 def test_a_weight_stored_around_zero():
     x, w = tensors((N, D), (D,))
     stock = lambda x, w: rms()(x, 1 + w)  # noqa: E731
@@ -147,6 +169,35 @@ def test_dropout_attention_is_torchs(mask, dtype):
         inputs,
         rtol=1e-12 if dtype == torch.float64 else 1e-5,
     )
+
+
+@pytest.mark.parametrize("mask", ["none", "boolean", "additive", "causal"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_attention_under_autocast_is_torchs(mask, biased, dtype):
+    chosen, causal = masks().get(mask), mask == "causal"
+    chosen = chosen.to(dtype) if mask == "additive" else chosen
+    allowed = torch.ones(L, L, dtype=torch.bool).tril()[None, None] if causal else chosen
+    inputs = tensors(*[(B, HEADS, L, WIDTH)] * 3, *[(1, HEADS, L, L)] * biased, dtype=dtype)
+
+    def stock(q, k, v, bias=None):
+        if bias is None:
+            bias = allowed
+        elif mask != "none":
+            bias = bias + chosen if mask == "additive" else bias.where(allowed, torch.finfo(dtype).min)
+        return F.scaled_dot_product_attention(q, k, v, bias, 0.25).transpose(1, 2)
+
+    def under_autocast(function):
+        def run(*inputs):
+            with torch.autocast("cpu", torch.bfloat16):
+                return function(*inputs)
+
+        return run
+
+    def ours(q, k, v, bias=None):
+        return dropout_attention(q, k, v, chosen, 0.25, causal=causal, bias=bias)
+
+    compare(under_autocast(ours), under_autocast(stock), inputs, rtol=3e-2)
 
 
 @pytest.mark.parametrize("projected", [False, True])

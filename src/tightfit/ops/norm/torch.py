@@ -67,8 +67,8 @@ def layer_norm(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shape, weight, bias, eps):
-        wide = x.float() if autocast_dtype(x.device.type) is not None else x
-        out, mean, rstd = torch.native_layer_norm(wide, shape, weight, bias, eps)
+        wide, *params = _as_autocast(x, weight, bias)
+        out, mean, rstd = torch.native_layer_norm(wide, shape, *params, eps)
         ctx.shape = shape
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         return out
@@ -94,20 +94,16 @@ class _LayerNorm(torch.autograd.Function):
                 centred=True,
             )
             return grads[0], None, grads[1], grads[2], None
-        wide = x.to(grad.dtype)
-        grad_x, grad_w, grad_b = torch.ops.aten.native_layer_norm_backward(
-            grad.contiguous(), wide, ctx.shape, mean, rstd, weight, bias, needs
-        )
-        return None if grad_x is None else grad_x.to(x.dtype), None, grad_w, grad_b, None
+        return _layer_norm_backward(grad, x.to(grad.dtype), ctx.shape, mean, rstd, weight, bias, needs, x.dtype)
 
 
 class _CodedLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shape, weight, bias, eps, codec):
-        wide = x.float() if autocast_dtype(x.device.type) is not None else x
+        wide, *params = _as_autocast(x, weight, bias)
         unit, _, rstd = torch.native_layer_norm(wide, shape, None, None, eps)
         packed = codec.encode(unit)
-        out = unit if weight is None and bias is None else torch.native_layer_norm(wide, shape, weight, bias, eps)[0]
+        out = unit if weight is None and bias is None else torch.native_layer_norm(wide, shape, *params, eps)[0]
         ctx.shape, ctx.codec, ctx.input_dtype = shape, codec, x.dtype
         ctx.mark_non_differentiable(*packed)
         ctx.save_for_backward(rstd, weight, bias, *packed)
@@ -137,11 +133,33 @@ class _CodedLayerNorm(torch.autograd.Function):
             return grads[0], None, grads[1], grads[2], None, None
         # as the norm of rows of mean 0 and scale 1; the scale of the true rows comes last
         mean, one = torch.zeros_like(rstd), torch.ones_like(rstd)
-        grad_x, grad_w, grad_b = torch.ops.aten.native_layer_norm_backward(
-            grad.contiguous(), unit, ctx.shape, mean, one, weight, bias, needs
-        )
-        grad_x = None if grad_x is None else grad_x.mul_(rstd).to(ctx.input_dtype)
-        return grad_x, None, grad_w, grad_b, None, None
+        grads = _layer_norm_backward(grad, unit, ctx.shape, mean, one, weight, bias, needs, ctx.input_dtype, scale=rstd)
+        return *grads, None
+
+
+def _as_autocast(x: Tensor, *params: Tensor | None) -> list:
+    """The tensors as autocast hands them to a layer norm: in float32, but on a CPU as they are."""
+    kind = x.device.type
+    if kind == "cpu" or autocast_dtype(kind) is None:
+        return [x, *params]
+    return [t.float() if t is not None and t.dtype in LOW_PRECISION else t for t in (x, *params)]
+
+
+def _layer_norm_backward(grad, x, shape, mean, rstd, weight, bias, needs, dtype, scale=None) -> tuple:
+    """Gradients for x (in `dtype`, times `scale`), the shape, weight, bias and eps, by torch's own kernel.
+
+    Where autocast widened the norm its parameters are narrower than x, and their gradients must be as they are.
+    """
+    wide = [t if t is None or x.dtype in LOW_PRECISION else t.to(x.dtype) for t in (weight, bias)]
+    if any(t is not None and t.dtype == torch.float32 for t in wide):
+        mean, rstd = mean.float(), rstd.float()
+    grad_x, grad_w, grad_b = torch.ops.aten.native_layer_norm_backward(
+        grad.contiguous(), x, shape, mean, rstd, *wide, needs
+    )
+    if grad_x is not None:
+        grad_x = (grad_x if scale is None else grad_x.mul_(scale)).to(dtype)
+    grad_w, grad_b = (None if g is None else g.to(p.dtype) for g, p in ((grad_w, weight), (grad_b, bias)))
+    return grad_x, None, grad_w, grad_b, None
 
 
 def rms_norm(
