@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tightfit.ops.autograd import refuse_second_derivative
+from tightfit.ops.autograd import autocast_dtype, cast_for_autocast, refuse_second_derivative
 from tightfit.ops.bits import pack, unpack
 from tightfit.ops.codec import Codec, Kept
 from tightfit.ops.recompute import Joint, recompute
@@ -85,16 +85,18 @@ def dropout_attention(
     Raises:
         RuntimeError: on double backward.
     """
-    q, k, v = _trimmed(q, k, v)
+    lowest, kind = torch.finfo(k.dtype).min, autocast_dtype(q.device.type)
+    q, k, v = _trimmed(*cast_for_autocast(q, k, v))
     if causal:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     if bias is None and mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
     factor = math.sqrt(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    joint = _DropoutJoint(p, factor, Kept(codec, q, k, v), mask, bias)
-    out, bits, *packed = _DropoutAttention.apply(joint, q, k, v, mask, bias)
-    added = [t for t in (mask, bias) if t is not None]
-    return attach(out, (bits, *added, *(packed or (q, k, v))), joint)
+    joint = _DropoutJoint(p, factor, Kept(codec, q, k, v), mask, bias, lowest, kind)
+    with torch.autocast(q.device.type, enabled=False):  # which torch's attention is under inside
+        out, bits, *packed = _DropoutAttention.apply(joint, q, k, v, mask, bias)
+        added = [t for t in (mask, bias) if t is not None]
+        return attach(out, (bits, *added, *(packed or (q, k, v))), joint)
 
 
 def _trimmed(*tensors: Tensor) -> list[Tensor]:
@@ -113,11 +115,26 @@ def _wide(t: Tensor) -> Tensor:
 
 
 class _DropoutJoint(Joint):
-    """Forward again and backward, some batch elements at a time."""
+    """Forward again and backward, some batch elements at a time.
 
-    def __init__(self, p: float, factor: float, coded: Kept, mask: Tensor | None, bias: Tensor | None):
+    Args:
+        lowest: what a model adds where nobody may look.
+        kind: what autocast casts the sum of mask and bias to, or None.
+    """
+
+    def __init__(
+        self,
+        p: float,
+        factor: float,
+        coded: Kept,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        lowest: float,
+        kind: torch.dtype | None,
+    ):
         super().__init__(self.again)
         self.p, self.factor, self.coded = p, factor, coded
+        self.lowest, self.kind = lowest, kind
         self.masked, self.biased = mask is not None, bias is not None
         self.learns = bias is not None and bias.requires_grad
 
@@ -134,11 +151,13 @@ class _DropoutJoint(Joint):
         mask, bias = (_of(t, part) for t in added)
         if bias is not None and mask is not None:
             # as transformers does it: a row that may look at nothing is not all -inf, so it looks at everything alike
-            mask = torch.where(mask, bias, torch.finfo(k.dtype).min) if mask.dtype == torch.bool else bias + mask
+            mask = torch.where(mask, bias, self.lowest) if mask.dtype == torch.bool else bias + mask
         elif bias is not None:
             mask = bias
         if mask is None:
             return torch.softmax(scores, -1)
+        if self.kind is not None:
+            mask = mask.to(self.kind)
         # a row that may look at nothing gets zeros
         return torch._safe_softmax(scores.add_(mask), -1)
 
