@@ -141,6 +141,26 @@ def test_bad_fields(fields, kind, said):
         Lora(**fields)
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def test_adapters_that_begin_with_a_part_of_the_weights(start):
+    model = models.build("llama").eval()
+    recipe = Lora(config=peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=start))
+    batch = models.batch(model)
+    before, told = snapshot(model), logits(model, batch)
+    tightfit.plan(model, recipe, batch=(2, 8))
+    assert_same(before, snapshot(model))
+    applied = tightfit.apply(model, recipe)
+    torch.testing.assert_close(logits(model, batch), told, rtol=1e-4, atol=1e-4)
+    train(model, applied.optimizer(torch.optim.SGD, lr=0.1), batch, 2)
+    applied.remove()
+    assert_same(before, snapshot(model))
+    applied = tightfit.apply(model, recipe)
+    train(model, applied.optimizer(torch.optim.SGD, lr=0.1), batch, 2)
+    trained = logits(model, batch)
+    assert not torch.allclose(trained, told, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(applied.merge(), batch), trained, rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_with_adapters_is_refused():
     model = models.build("bert")
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"]))

@@ -57,7 +57,8 @@ class Lora(Transform):
         chain(Lora(rank=16, where='query|value'), Checkpointing())
 
     Source: LoRA, arXiv 2106.09685, section 4.1, through PEFT. Stock names gain PEFT's `base_layer` while it is
-    applied; `merge` and `export` give stock names back.
+    applied; `merge` and `export` give stock names back. Adapters that begin with a part of the weights (a `config`
+    with init_lora_weights="pissa", say) keep a copy of these in host memory, for `remove`.
     """
 
     rank: int = 8
@@ -237,6 +238,7 @@ class _AdapterHandle(Handle):
         self.children = [(module, dict(module._modules)) for module in model.modules()]
         self.flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         head = {name: model.get_parameter(name).requires_grad for name in edit.head}
+        self.weights = _copies(model) if _takes_from_base(edit.config) else []
         try:
             # adapters on meta take no memory, and nothing from the random state
             with torch.device("meta") if is_planning() else contextlib.nullcontext():
@@ -245,11 +247,18 @@ class _AdapterHandle(Handle):
         except BaseException:
             self.undo(model)
             raise
+        self.weights = [(p, value) for p, value in self.weights if not torch.equal(p.detach().cpu(), value)]
         for name, parameter in model.named_parameters():
             if name in head:  # it has another name now where it got an adapter itself
                 parameter.requires_grad_(head[name])
 
     def undo(self, model: nn.Module) -> None:
+        self._take_off(model)
+        with torch.no_grad():
+            for parameter, value in self.weights:
+                parameter.copy_(value)
+
+    def _take_off(self, model: nn.Module) -> None:
         for module, children in self.children:
             if module._modules != children:
                 module._modules.clear()
@@ -274,7 +283,7 @@ class _AdapterHandle(Handle):
                 merged = _merged(layer)
                 for key, parameter in _stock_part(layer).named_parameters():
                     parameter.copy_(merged.get_parameter(key))
-        self.undo(model)
+        self._take_off(model)
 
     def stock_state(self, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
         merged: dict[str, torch.Tensor] = {}
@@ -301,6 +310,17 @@ class _AdapterHandle(Handle):
                 stock[f"{owner}.{rest}"] = merged[f"{owner}.{rest}"]
         state.clear()
         state.update(stock)
+
+
+def _takes_from_base(config: Any) -> bool:
+    """Whether the adapters begin with a part of the weights, which PEFT takes from these (PiSSA, OLoRA, ...)."""
+    start = getattr(config, "init_lora_weights", True)
+    return isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal", "eva")
+
+
+def _copies(model: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """The parameters and their values, on the host."""
+    return [(p, p.detach().to("cpu", copy=True)) for p in model.parameters() if p.device.type != "meta"]
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
