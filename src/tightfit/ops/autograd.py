@@ -31,7 +31,7 @@ def no_view(out: Tensor) -> Tensor:
     A view would hand its own base, not this tensor, to the views that are made of it later, and nobody could write
     to it in place.
     """
-    return out if out._base is None else out.new_empty(0).set_(out)
+    return out if out._base is None else out.new_empty(0).set_(out)  # type: ignore[call-overload]
 
 
 def saved_apart() -> torch.autograd.graph.saved_tensors_hooks:

@@ -67,8 +67,8 @@ def layer_norm(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shape, weight, bias, eps):
-        wide, *params = _as_autocast(x, weight, bias)
-        out, mean, rstd = torch.native_layer_norm(wide, shape, *params, eps)
+        wide, scale, shift = _as_autocast(x, weight, bias)
+        out, mean, rstd = torch.native_layer_norm(wide, shape, scale, shift, eps)
         ctx.shape = shape
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         return out
@@ -100,10 +100,10 @@ class _LayerNorm(torch.autograd.Function):
 class _CodedLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shape, weight, bias, eps, codec):
-        wide, *params = _as_autocast(x, weight, bias)
+        wide, scale, shift = _as_autocast(x, weight, bias)
         unit, _, rstd = torch.native_layer_norm(wide, shape, None, None, eps)
         packed = codec.encode(unit)
-        out = unit if weight is None and bias is None else torch.native_layer_norm(wide, shape, *params, eps)[0]
+        out = unit if weight is None and bias is None else torch.native_layer_norm(wide, shape, scale, shift, eps)[0]
         ctx.shape, ctx.codec, ctx.input_dtype = shape, codec, x.dtype
         ctx.mark_non_differentiable(*packed)
         ctx.save_for_backward(rstd, weight, bias, *packed)
