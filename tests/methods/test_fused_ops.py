@@ -97,6 +97,24 @@ def gated_t5():
     return hf.T5ForConditionalGeneration(config)
 
 
+class GELU(torch.nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class SiLU(torch.nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.5 * x)
+
+
+@pytest.mark.parametrize("kind", [GELU, SiLU])
+def test_activations_that_only_have_the_name(kind):
+    stock = models.build("bert").double()
+    for layer in stock.bert.encoder.layer:
+        layer.intermediate.intermediate_act_fn = kind()
+    assert_equal_gradients(stock, after_applying(stock, FusedOps()), models.batch(stock), tolerance=1e-12)
+
+
 def fused_gates(model):
     return sum(is_tight(module, FusedGate) for module in model.modules())
 

@@ -46,11 +46,12 @@ def kind_of(function: Function) -> str | None:
     >>> kind_of(nn.GELU(approximate="tanh")), kind_of(nn.ReLU())
     ('gelu_tanh', None)
     """
-    names = [cls.__name__ for cls in type(function).__mro__]
-    if "SiLU" in names or "SiLUActivation" in names:
+    # other packages have classes of these names too, which compute other things
+    names = [cls.__name__ for cls in type(function).__mro__ if cls.__module__ == "transformers.activations"]
+    if isinstance(function, nn.SiLU) or "SiLUActivation" in names:
         return "silu"
-    if "GELU" in names:
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(function.approximate)  # type: ignore[attr-defined]
+    if isinstance(function, nn.GELU):
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(function.approximate)
     if "GELUActivation" in names and function.act is nn.functional.gelu:  # type: ignore[attr-defined]
         return "gelu"
     return None
