@@ -146,6 +146,12 @@ REFUSED = {
     "mpnet": (lambda: hf.MPNetForSequenceClassification(hf.MPNetConfig(**TEXT)), "relative|registry"),
     "deberta": (lambda: hf.DebertaV2ForSequenceClassification(hf.DebertaV2Config(**TEXT)), "registry"),
     "albert": (lambda: hf.AlbertForSequenceClassification(hf.AlbertConfig(**TEXT, embedding_size=8)), "shared weights"),
+    "esm": (
+        lambda: hf.EsmForSequenceClassification(
+            hf.EsmConfig(**TEXT, pad_token_id=0, mask_token_id=3, position_embedding_type="rotary")
+        ),
+        "EsmEmbeddings look at the padding of whole rows",
+    ),
     "bart-class": (
         lambda: hf.BartForSequenceClassification(
             hf.BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, vocab_size=50, encoder_attention_heads=2)
