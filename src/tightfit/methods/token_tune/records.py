@@ -173,6 +173,8 @@ class Replay:
             if not causal:
                 return None
             allowed = torch.arange(self.capture.length, device=positions.device) <= positions[:, None, :, None]
+        elif mask.shape[2] == 1:  # all tokens look at the same ones
+            allowed = mask
         else:
             batch, count = positions.shape
             index = positions[:, None, :, None].expand(batch, mask.shape[1], count, mask.shape[3])
