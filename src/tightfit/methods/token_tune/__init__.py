@@ -47,7 +47,7 @@ class TokenTune(Transform):
         policy: "random"; "labelled" (random among tokens that have a target); "suffix" (the last ones); "block"
             (random blocks of 16); "score" (the most changed by the blocks, or the highest `token_scores` of the
             batch); "bernoulli" (each token by itself). All but the last keep an encoder's first token, a decoder's
-            first and last one.
+            first and last one, the ends of an answer.
         normalise: the loss is a mean over the "selected" targets, or an estimate of the mean over "all": each token is
             divided by its chance, the sum by the number of all targets.
         unbiased: scale what keys and values get from other tokens' queries, so that the mean gradient is the full one;
@@ -181,9 +181,10 @@ class TokenTune(Transform):
     def _check_model(self, model: nn.Module, facts: Any) -> None:
         where = type(model).__name__
         if self.count is not None and self.count < facts.least:
+            kept = "the first and the last" if facts.causal else "the first and both ends of the answer"
             raise ValueError(
-                f"TokenTune(count={self.count}): {where} must keep {facts.least} tokens of each example (the first and "
-                f"the last); give at least that"
+                f"TokenTune(count={self.count}): {where} must keep {facts.least} tokens of each example ({kept}); give "
+                f"at least that"
             )
         if self.unbiased and facts.head != "causal":
             raise ValueError(

@@ -51,8 +51,8 @@ class Facts:
 
     @property
     def least(self) -> int:
-        """Size of the keep set."""
-        return 2 if self.causal else 1
+        """Size of the keep set: the first token, of a decoder the last, of an answer both ends."""
+        return 2 if self.causal else 3 if self.head == "span" else 1
 
 
 def facts_of(model: nn.Module) -> Facts:
