@@ -7,10 +7,12 @@ import copy
 import pytest
 import token_tune_cases as cases
 import torch
+import transformers as hf
 from token_tune_cases import ARCHITECTURES, DECODERS, IMAGES, batch, build, gap, gradients, positions, reference_loss
 
 import tightfit
 from tightfit import Checkpointing, FusedOps, Lora, TokenTune, chain
+from tightfit.methods.token_tune.tuner import Tuner
 
 ENCODERS_SIDE = ("bert-span", "distilbert", "electra", "roberta", "bert-class", "bart")
 PADDINGS = [
@@ -282,3 +284,57 @@ def test_fused_operators_and_checkpointing_give_the_same(name):
     for others in ([FusedOps()], [Checkpointing()], [FusedOps(), Checkpointing()]):
         with tightfit.apply(model, chain(TokenTune(ratio=0.5), *others)):
             assert gap(gradients(model, losses(model, inputs, pos)), wanted) < 1e-7  # FusedOps sums in float32
+
+
+def test_one_mask_for_all_tokens():
+    """LayoutLM hands its attention a mask with one row, (B, 1, 1, L)."""
+    model = hf.LayoutLMForTokenClassification(hf.LayoutLMConfig(**cases.TEXT, **cases.NO_DROPOUT, num_labels=3))
+    model = model.double().train()
+    inputs = batch(model) | {"bbox": torch.arange(120).view(3, 10, 4)}
+    pos = positions(model, inputs)
+    expected = model(**inputs).logits
+    tightfit.apply(model, TokenTune(ratio=0.5))
+    found = model(**inputs, token_positions=pos).logits
+    wanted = expected.gather(1, pos.sort(1).values.clamp_min(0)[..., None].expand(-1, -1, 3))
+    torch.testing.assert_close(found[:1], wanted[:1], rtol=0, atol=1e-12)
+
+
+def test_decoder_ids_are_made_from_labels_as_the_model_does():
+    """Blenderbot makes them in its forward, and has no method for it."""
+    sizes = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = hf.BlenderbotConfig(
+        **sizes, **heads, d_model=16, vocab_size=50, max_position_embeddings=32, dropout=0.0, decoder_start_token_id=1
+    )
+    model = hf.BlenderbotForConditionalGeneration(config).double().train()
+    inputs = batch(model)
+    expected = gradients(model, model(**inputs).loss)
+    tightfit.apply(model, TokenTune(count=10))
+    assert gap(gradients(model, model(**inputs).loss), expected) < 1e-12
+
+
+def test_a_tuple_holds_what_the_stock_tuple_holds():
+    model = build("qwen3-moe")
+    inputs = batch(model, None)
+    expected = model(**inputs, return_dict=False)
+    tightfit.apply(model, TokenTune(count=10))
+    found = model(**inputs, return_dict=False)
+    torch.testing.assert_close(found[:3], expected[:3], rtol=0, atol=1e-12)  # loss, balance loss, logits
+    torch.testing.assert_close(model(**inputs)[0], expected[0], rtol=0, atol=1e-12)
+
+
+def test_the_ends_of_an_answer_are_always_selected():
+    model, applied = tuned("bert-span", ratio=0.1)
+    inputs = batch(model, None)
+    tuner = applied.part(Tuner)
+    seen = []
+    choose = tuner.choose
+
+    def noted(*args, **kwargs):
+        seen.append(choose(*args, **kwargs))
+        return seen[-1]
+
+    tuner.choose = noted
+    model(**inputs)
+    chosen = cases.selected(seen[0].positions.masked_fill(~seen[0].valid, -1), 10)
+    assert chosen[:, [0, 1, 3]].all()

@@ -30,6 +30,11 @@ def hidden_states(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out.last_hidden_state
 
 
+def returns_dict(model: Any, given: bool | None) -> bool:
+    """Whether a call's output has fields; `given` is its `return_dict`, None where it says nothing."""
+    return bool(getattr(model.config, "return_dict", True) if given is None else given)
+
+
 def pooled_place(ids: Tensor, padding: int) -> Tensor:
     """(B, 1): the column that a decoder's classifier reads, the last one whose id is not that of padding.
 

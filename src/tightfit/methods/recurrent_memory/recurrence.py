@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tightfit.core.calls import argument_names
+from tightfit.core.calls import argument_names, returns_dict
 from tightfit.core.edits import Part
 from tightfit.core.hfmodel import has_values
 from tightfit.methods.recurrent_memory import layout
@@ -95,7 +95,7 @@ class Recurrence(Part):
         training = bool(model.training and torch.is_grad_enabled())
         if self.settings.tokens == 0 and self.sizes[0] == 1:
             return stock(**given)
-        tuple_wanted = not _returns_dict(model, call.pop("return_dict", None))
+        tuple_wanted = not returns_dict(model, call.pop("return_dict", None))
         labels, targets, total = self._labels(call, head, mask)
         if "use_cache" in argument_names(model):
             call["use_cache"] = False
@@ -361,7 +361,3 @@ def _gathered(value: Tensor, index: Tensor) -> Tensor:
     """(B, N, ...) and (B, L) -> (B, L, ...)."""
     wide = index.view(*index.shape, *[1] * (value.dim() - 2))
     return value.gather(1, wide.expand(*index.shape, *value.shape[2:]))
-
-
-def _returns_dict(model: Any, given: bool | None) -> bool:
-    return bool(getattr(model.config, "return_dict", True) if given is None else given)

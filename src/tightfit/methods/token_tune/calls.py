@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tightfit.core import hfmodel, processes
-from tightfit.core.calls import named_call, pooled_place
+from tightfit.core.calls import named_call, pooled_place, returns_dict
 from tightfit.core.edits import StackRunner
 from tightfit.core.errors import StateError
 from tightfit.core.stack import asked_to_checkpoint, block_of
@@ -39,6 +40,9 @@ class TunedModel:
         if not _active(self) or tuner.whole:
             return stock(**call)
         labels = _prepared(self, tuner, call, request)
+        tuple_wanted = labels is not None and not returns_dict(self, call.get("return_dict"))
+        if tuple_wanted:  # what stands where in a tuple depends on the model and on the call
+            call["return_dict"] = True
         tuner.request = request
         try:
             out = stock(**call)
@@ -49,15 +53,12 @@ class TunedModel:
         assert request.selection is not None
         settings = tuner.settings
         by_chance = settings.unbiased or settings.normalise == "all"
-        logits = out[0] if isinstance(out, tuple) else out.logits
-        loss = token_loss(logits, labels, request.selection, by_chance=by_chance, items=request.items)
+        loss = token_loss(out.logits, labels, request.selection, by_chance=by_chance, items=request.items)
         balance = getattr(out, "aux_loss", None)
         if balance is not None:
             loss = loss + getattr(hfmodel.without_peft(self), "router_aux_loss_coef", 0.0) * balance
-        if isinstance(out, tuple):
-            return (loss, *out)
-        out.loss = loss
-        return out
+        out = type(out)(**{**dict(out.items()), "loss": loss})  # in its place: fields have numbers too
+        return out.to_tuple() if tuple_wanted else out
 
 
 def _active(module: Any) -> bool:
@@ -91,10 +92,24 @@ def _prepared(model: Any, tuner: Tuner, call: dict[str, Any], request: Request) 
     request.rows, request.labelled, call["labels"] = True, targets.ne(-100), None
     if head == "seq2seq":
         if call.get("decoder_input_ids") is None and call.get("decoder_inputs_embeds") is None:
-            call["decoder_input_ids"] = hfmodel.without_peft(model).prepare_decoder_input_ids_from_labels(labels)
+            call["decoder_input_ids"] = _decoder_ids(hfmodel.without_peft(model), labels)
         if call.get("decoder_attention_mask") is None:
             request.real = targets.ne(-100)
     return targets
+
+
+def _decoder_ids(model: Any, labels: Tensor) -> Tensor:
+    """What the model itself makes of labels where no ids are given."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels)
+    modules = (sys.modules.get(cls.__module__) for cls in type(model).__mro__)
+    shift = next((found for m in modules if (found := getattr(m, "shift_tokens_right", None)) is not None), None)
+    if shift is None:
+        raise ValueError(
+            f"TokenTune: {type(model).__name__} was given labels without decoder_input_ids, and has nothing to make "
+            f"them with; give both"
+        )
+    return shift(labels, model.config.pad_token_id, model.config.decoder_start_token_id)
 
 
 class TunedRunner:
