@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
+from models import VOCABULARY
 from recurrent_memory_cases import (
     CLASSIFIERS,
     DECODERS,
@@ -179,6 +181,19 @@ def test_evaluation_gives_logits_for_every_token_and_the_training_loss(left):
     as_tuple = model(**given, return_dict=False)
     assert isinstance(as_tuple, tuple)
     assert torch.equal(as_tuple[1], model(**given).logits)
+
+
+def test_labels_that_are_shifted_already_stay():
+    """The decoders of encoder-decoders, by themselves, compare each token with its own label."""
+    sizes = {"decoder_layers": 2, "decoder_ffn_dim": 32, "decoder_attention_heads": 2}
+    model = build(lambda: hf.BartForCausalLM(hf.BartConfig(**sizes, d_model=24, vocab_size=VOCABULARY)))
+    applied(model, tokens=2, segment=SEGMENT)
+    given = batch()
+    loss = model(**given).loss
+    with torch.no_grad():
+        logits = model.eval()(**given).logits
+    wanted = F.cross_entropy(logits.flatten(0, 1), given["labels"].flatten())
+    torch.testing.assert_close(loss.detach(), wanted, rtol=1e-12, atol=0)
 
 
 def test_a_loss_on_logits_gets_the_same_gradients():

@@ -338,3 +338,21 @@ def test_the_ends_of_an_answer_are_always_selected():
     model(**inputs)
     chosen = cases.selected(seen[0].positions.masked_fill(~seen[0].valid, -1), 10)
     assert chosen[:, [0, 1, 3]].all()
+
+
+def test_labels_that_are_shifted_already_stay():
+    """The decoders of encoder-decoders, by themselves, compare each token with its own label."""
+    config = hf.BartConfig(
+        d_model=16,
+        encoder_layers=3,
+        decoder_layers=3,
+        decoder_ffn_dim=24,
+        decoder_attention_heads=4,
+        vocab_size=50,
+        dropout=0.0,
+    )
+    model = hf.BartForCausalLM(config).double().train()
+    inputs = batch(model)
+    expected = gradients(model, model(**inputs).loss)
+    tightfit.apply(model, TokenTune(count=10))
+    assert gap(gradients(model, model(**inputs).loss), expected) < 1e-12

@@ -158,7 +158,7 @@ def test_no_target_is_a_loss_of_zero_in_the_graph(by_chance, count):
 
 def test_targets_are_shifted_before_anything_is_selected():
     labels = torch.tensor([[5, 6, -100, 8]])
-    assert targets_of(labels, None, causal=True).tolist() == [[6, -100, 8, -100]]
-    assert targets_of(labels, None, causal=False) is labels
+    assert targets_of(labels, None, shifts=True).tolist() == [[6, -100, 8, -100]]
+    assert targets_of(labels, None, shifts=False) is labels
     shifted = labels.flip(1)
-    assert targets_of(None, shifted, causal=True) is shifted
+    assert targets_of(None, shifted, shifts=True) is shifted

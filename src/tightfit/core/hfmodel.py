@@ -202,6 +202,14 @@ def _compares_with_sdpa(code: types.CodeType) -> bool:
     return inside or ("sdpa" in names and "_attn_implementation" in (*code.co_names, *names))
 
 
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether a causal language model compares each token with the next one's label.
+
+    The decoders of encoder-decoders, by themselves (BartForCausalLM), take labels that are shifted already.
+    """
+    return not getattr(type(text_config(model)), "is_encoder_decoder", False)
+
+
 @dataclasses.dataclass(frozen=True)
 class Alias:
     """One place where a tensor hangs in the module tree."""

@@ -27,6 +27,7 @@ class Facts:
         padding: id that stands for no token.
         sliding: tokens that a sliding layer looks back at, or None.
         mixed: sliding layers and others take turns, and each kind takes a mask of its own.
+        shifts: the target of a token is the next one's label.
     """
 
     reader: str
@@ -37,6 +38,7 @@ class Facts:
     padding: int
     sliding: int | None
     mixed: bool
+    shifts: bool
 
     @property
     def framing(self) -> int:
@@ -79,15 +81,17 @@ def facts_of(model: nn.Module) -> Facts:
     if kinds and "sliding_attention" not in kinds:
         sliding = None
     limit = positions(model)
+    head = _head(model, causal)
     return Facts(
         reader=name,
-        head=_head(model, causal),
+        head=head,
         causal=causal,
         window=limit if limit is not None else getattr(config, "max_position_embeddings", None),
         width=width,
         padding=getattr(config, "pad_token_id", None) or 0,
         sliding=sliding,
         mixed=len(kinds) > 1,
+        shifts=head == "causal" and hfmodel.shifts_labels(model),
     )
 
 

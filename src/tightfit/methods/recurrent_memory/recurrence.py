@@ -138,7 +138,7 @@ class Recurrence(Part):
         elif labels is None:
             return None, None, None
         else:
-            targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if head == "causal" else labels
+            targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if self.facts.shifts else labels
         if torch.is_tensor(mask):
             # a target of padding belongs to no segment
             targets = targets.masked_fill(mask.eq(0).to(targets.device), IGNORED)

@@ -86,7 +86,7 @@ def _prepared(model: Any, tuner: Tuner, call: dict[str, Any], request: Request) 
     shifted = call.get("shift_labels")
     if not tuner.facts.per_token or (labels is None and shifted is None):
         return None
-    targets = targets_of(labels, shifted, causal=head == "causal")
+    targets = targets_of(labels, shifted, shifts=tuner.facts.shifts)
     request.items = call.pop("num_items_in_batch", None)
     call.pop("shift_labels", None)
     request.rows, request.labelled, call["labels"] = True, targets.ne(-100), None

@@ -31,6 +31,7 @@ class Facts:
         generates: the runner takes `use_cache`.
         several: the runner is an encoder-decoder's decoder.
         padding: the row of the position table that stands for padding (rule "ids").
+        shifts: the target of a token is the next one's label.
     """
 
     runner: str
@@ -43,6 +44,7 @@ class Facts:
     generates: bool
     several: bool
     padding: int = 0
+    shifts: bool = False
 
     @property
     def per_token(self) -> bool:
@@ -109,6 +111,7 @@ def facts_of(model: nn.Module) -> Facts:
         generates="use_cache" in parameters,
         several=several,
         padding=padding,
+        shifts=_head(model, task) == "causal" and hfmodel.shifts_labels(model),
     )
 
 

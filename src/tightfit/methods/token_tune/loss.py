@@ -13,16 +13,16 @@ from tightfit.methods.token_tune.policies import Selection
 IGNORED = -100
 
 
-def targets_of(labels: Tensor | None, shifted: Tensor | None, *, causal: bool) -> Tensor:
+def targets_of(labels: Tensor | None, shifted: Tensor | None, *, shifts: bool) -> Tensor:
     """(B, L): the target of each token; of a causal model that is the next one's label, selected or not.
 
-    >>> targets_of(torch.tensor([[5, 6, 7]]), None, causal=True).tolist()
+    >>> targets_of(torch.tensor([[5, 6, 7]]), None, shifts=True).tolist()
     [[6, 7, -100]]
     """
     if shifted is not None:
         return shifted
     assert labels is not None
-    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if causal else labels
+    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if shifts else labels
 
 
 def token_loss(logits: Tensor, targets: Tensor, selection: Selection, *, by_chance: bool, items: Any = None) -> Tensor:
