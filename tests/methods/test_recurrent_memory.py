@@ -274,6 +274,17 @@ def test_classifiers_see_their_last_segment(family, align):
         torch.testing.assert_close(together.logits[row], _head(stock, hidden)[0], rtol=limit, atol=limit)
 
 
+def test_a_decoders_classifier_reads_its_last_token_also_without_a_padding_id():
+    model = build(CLASSIFIERS["llama"])
+    applied(model, tokens=3, segment=SEGMENT)
+    ids = batch((SEGMENT * 2 + 2,))["input_ids"]
+    wanted = model(input_ids=ids).logits
+    found = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    model.config.pad_token_id = None
+    torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-12, atol=1e-12)
+
+
 def _head(stock, hidden):
     if hasattr(stock, "pre_classifier"):
         return stock.classifier(torch.relu(stock.pre_classifier(hidden[:, 0])))

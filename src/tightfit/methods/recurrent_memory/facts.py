@@ -24,7 +24,7 @@ class Facts:
         causal: tokens look at earlier ones only: a decoder.
         window: tokens that fit into one call, or None where nothing says so.
         width: of an embedding, and of a hidden state.
-        padding: id that stands for no token.
+        padding: id that stands for no token, or None.
         sliding: tokens that a sliding layer looks back at, or None.
         mixed: sliding layers and others take turns, and each kind takes a mask of its own.
         shifts: the target of a token is the next one's label.
@@ -35,7 +35,7 @@ class Facts:
     causal: bool
     window: int | None
     width: int
-    padding: int
+    padding: int | None
     sliding: int | None
     mixed: bool
     shifts: bool
@@ -88,7 +88,7 @@ def facts_of(model: nn.Module) -> Facts:
         causal=causal,
         window=limit if limit is not None else getattr(config, "max_position_embeddings", None),
         width=width,
-        padding=getattr(config, "pad_token_id", None) or 0,
+        padding=getattr(config, "pad_token_id", None),
         sliding=sliding,
         mixed=len(kinds) > 1,
         shifts=head == "causal" and hfmodel.shifts_labels(model),

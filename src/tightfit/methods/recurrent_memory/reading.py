@@ -39,6 +39,7 @@ class Request:
         counts: (B,) its real tokens, or None: all.
         begins: of a segment that is decoded with a cache, whether its memory still goes in front; None: of any other.
         behind: (B, 1) ids, or (B, 1, d) embeddings, of the token between an encoder's memory and its text.
+        pooled: (B, 1) the column that a decoder's classifier reads, or None.
         written: (B, m, d) after the segment.
     """
 
@@ -46,6 +47,7 @@ class Request:
     counts: Tensor | None = None
     begins: bool | None = None
     behind: Tensor | None = None
+    pooled: Tensor | None = None
     written: Tensor | None = None
 
 
@@ -128,8 +130,8 @@ def _surrounded(table, stock, call, tokens, request, facts, both_ways, reader) -
     behind = torch.full((len(rows), 1), slots + width, device=rows.device) if counts is None else ends
     written = behind + place[:slots]
     kept = torch.cat([place[:slots].expand(len(rows), -1), written], 1)
-    if facts.head == "pooled":  # such a head reads the last token
-        kept = torch.cat([kept, behind - 1], 1)
+    if request.pooled is not None:
+        kept = torch.cat([kept, slots + request.pooled], 1)
     out, found = picked(reader, stock, call, kept, written, place < behind + slots)
     hidden = out.last_hidden_state
     if found is not None:
@@ -139,7 +141,10 @@ def _surrounded(table, stock, call, tokens, request, facts, both_ways, reader) -
         request.written = hidden[:, slots + width :].clone()
     elif not request.begins:
         request.written = _rows(hidden, written)
-    out.last_hidden_state = hidden[:, slots : slots + width]
+    if request.pooled is None or counts is None:
+        out.last_hidden_state = hidden[:, slots : slots + width]
+    else:  # a head that is told no ids, or knows none of padding, reads the last column
+        out.last_hidden_state = _rows(hidden, slots + torch.minimum(place[:width], counts[:, None] - 1))
     return out
 
 

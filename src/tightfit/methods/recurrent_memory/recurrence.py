@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tightfit.core.calls import argument_names, returns_dict
+from tightfit.core.calls import argument_names, pooled_place, returns_dict
 from tightfit.core.edits import Part
 from tightfit.core.hfmodel import has_values
 from tightfit.methods.recurrent_memory import layout
@@ -195,7 +195,7 @@ class Recurrence(Part):
         mask = piece.mask(main.shape[1])
         own["attention_mask"] = None if mask is None else mask.long()
         if mask is not None and own.get("input_ids") is not None:
-            own["input_ids"] = own["input_ids"].masked_fill(~mask, self.facts.padding)
+            own["input_ids"] = own["input_ids"].masked_fill(~mask, self.facts.padding or 0)
         picking = bool(pickers(model)) and targets is not None
         if labels is not None:
             own["labels"] = labels
@@ -209,6 +209,8 @@ class Recurrence(Part):
             assert piece.counts is not None
             at = (piece.counts - 1).view(-1, 1, *[1] * (main.dim() - 2)).expand(-1, 1, *main.shape[2:])
             request.behind = main.gather(1, at)
+        elif head == "pooled":
+            request.pooled = self._pooled(own.get("input_ids"), main, piece.counts)
         self.request = request
         try:
             out = stock(**own, return_dict=True)
@@ -229,6 +231,13 @@ class Recurrence(Part):
         else:
             result = out.logits
         return (result, written, out) if whole else (result, written)
+
+    def _pooled(self, ids: Tensor | None, main: Tensor, counts: Tensor | None) -> Tensor:
+        """(B, 1): the column that a decoder's classifier reads."""
+        if ids is not None and self.facts.padding is not None:
+            return pooled_place(ids, self.facts.padding)
+        every = torch.full(main.shape[:1], main.shape[1], device=main.device)
+        return (every if counts is None else counts)[:, None] - 1
 
     def _spread(self, targets: Tensor) -> Tensor:
         """(B, W) -> (B, T): the targets with the memory's places between them, which have none."""
