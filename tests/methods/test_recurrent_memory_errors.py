@@ -6,10 +6,20 @@ import pytest
 import torch
 import transformers as hf
 from models import build as tiny
-from recurrent_memory_cases import BERT, CLASSIFIERS, DECODERS, ROPE, applied, batch, build
+from recurrent_memory_cases import BERT, CLASSIFIERS, DECODERS, GEMMA, ROPE, applied, batch, build
 
 import tightfit
 from tightfit import RecurrentMemory
+
+
+GEMMA3N = {
+    **GEMMA,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": ROPE["vocab_size"],
+    "laurel_rank": 4,
+    "activation_sparsity_pattern": [0.0, 0.0],
+}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +100,18 @@ def test_the_window_is_filled_by_default():
             lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**ROPE, num_local_experts=2, output_router_logits=True)),
             r"output_router_logits is on",
         ),
+        (
+            lambda: hf.Gemma3nForCausalLM(hf.Gemma3nTextConfig(**GEMMA3N)),
+            r"makes more of input_ids than their embeddings",
+        ),
+        (
+            lambda: hf.EsmForMaskedLM(hf.EsmConfig(**BERT, mask_token_id=3)),
+            r"makes more of input_ids than their embeddings",
+        ),
+        (
+            lambda: hf.IBertForSequenceClassification(hf.IBertConfig(**BERT)),
+            r"no plain table of token embeddings",
+        ),
     ],
 )
 def test_models_that_cannot_carry_a_memory(make, match):
@@ -114,6 +136,7 @@ def test_models_that_cannot_carry_a_memory(make, match):
         ),
         ({"position_ids": torch.arange(17)[None]}, r"position_ids were given"),
         ({"output_hidden_states": True}, r"output_hidden_states"),
+        ({"output_router_logits": True}, r"output_router_logits"),
         ({"logits_to_keep": 1}, r"logits_to_keep"),
     ],
 )

@@ -64,8 +64,17 @@ def facts_of(model: nn.Module) -> Facts:
         raise _refused(
             model, "output_router_logits is on, and its balance loss would be added for every segment; switch it off"
         )
-    table: Any = reader.get_input_embeddings()  # type: ignore[operator]
+    made: Any = getattr(reader, "embeddings", None)
+    if getattr(config, "hidden_size_per_layer_input", None) or (
+        isinstance(made, nn.Module) and "attention_mask" in inspect.signature(made.forward).parameters
+    ):
+        raise _refused(
+            model, "it makes more of input_ids than their embeddings, and a segment is read as embeddings with memory"
+        )
+    table: Any = _table(reader)
     width = int(config.hidden_size)
+    if table is None:
+        raise _refused(model, "it has no plain table of token embeddings, into which memory could be put")
     if table.embedding_dim != width:
         raise _refused(
             model,
@@ -93,6 +102,14 @@ def facts_of(model: nn.Module) -> Facts:
         mixed=len(kinds) > 1,
         shifts=head == "causal" and hfmodel.shifts_labels(model),
     )
+
+
+def _table(reader: Any) -> nn.Module | None:
+    try:
+        table = reader.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return table if hasattr(table, "embedding_dim") else None
 
 
 def _head(model: nn.Module, causal: bool) -> str:

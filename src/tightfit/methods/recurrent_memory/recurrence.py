@@ -335,7 +335,7 @@ def check_call(call: dict[str, Any], facts: Facts, head: str) -> Tensor:
             "RecurrentMemory: position_ids were given, but positions begin anew in every segment (packed rows "
             "cannot be cut into segments); leave them out"
         )
-    for name in ("output_hidden_states", "output_attentions", "logits_to_keep"):
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits", "logits_to_keep"):
         value = call.get(name)
         if value is not None and value is not False and not (isinstance(value, int) and value == 0):
             raise ValueError(f"RecurrentMemory: {name}={value} was given; it is not kept over segments. Leave it out")
