@@ -11,7 +11,6 @@ from recurrent_memory_cases import BERT, CLASSIFIERS, DECODERS, GEMMA, ROPE, app
 import tightfit
 from tightfit import RecurrentMemory
 
-
 GEMMA3N = {
     **GEMMA,
     "num_kv_shared_layers": 0,
