@@ -223,6 +223,19 @@ def test_checkpointing_changes_no_bit_and_selects_once(family, fields, reentrant
         torch.testing.assert_close(a, b, rtol=0, atol=0 if family == "llama" else 1e-6)
 
 
+def test_two_forwards_in_one_backward_give_the_sum_of_both():
+    results = []
+    for joint in (True, False):
+        model, _, part = applied("llama", **WIDE)
+        batches = [models.batch(model, seed=seed) for seed in (1, 2)]
+        if joint:
+            sum(model(**batch).loss for batch in batches).backward()
+        else:
+            backward(model, *batches)
+        results.append((row_grads(part), [layer.link.grad for layer in part.layers]))
+    torch.testing.assert_close(*results)
+
+
 def test_two_forwards_of_one_shape_before_their_backward_are_told_apart_under_checkpointing():
     results = []
     for checkpoints in (False, True):

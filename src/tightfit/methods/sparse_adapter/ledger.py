@@ -52,6 +52,7 @@ class Ledger:
         self._layers: dict[int, weakref.ref[SparseRows]] = {}
         self._arriving: list[tuple[SparseRows, Record, Arriving]] = []
         self._task = -1
+        self._collected: set[int] = set()
         self._world: Any = None
         self._warned = False
         self._turn = 0
@@ -86,14 +87,17 @@ class Ledger:
 
     def collect(self, layer: SparseRows, record: Record, grad: Tensor) -> None:
         """Take the gradient of a slot, in a backward pass."""
-        if layer.bank.pending and _was_zeroed(layer.link):
-            layer.bank.drop_grad()
-        self.join(layer)
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self._task = task
+            self._collected.clear()
             self._world = None
             torch.autograd.Variable._execution_engine.queue_callback(self._finish_last)
+        # not of a second forward in this backward, whose link has no gradient yet
+        if layer.bank.pending and layer.place not in self._collected and _was_zeroed(layer.link):
+            layer.bank.drop_grad()
+        self._collected.add(layer.place)
+        self.join(layer)
         if record.world is not None and record.world[1]:
             self._world = record.world[0]
         self.receive()
