@@ -236,6 +236,23 @@ def test_two_forwards_in_one_backward_give_the_sum_of_both():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_forwards_of_one_beginning_are_told_apart_under_checkpointing(reentrant):
+    results = []
+    for checkpoints in (False, True):
+        model, _, part = applied("llama", **WIDE)
+        if checkpoints:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        one, other = (models.batch(model, size=1, length=64, seed=seed) for seed in (1, 2))
+        ids = one["input_ids"].clone()
+        ids[:, -3:] = other["input_ids"][:, -3:]
+        losses = [model(input_ids=given, labels=given).loss for given in (one["input_ids"], ids)]
+        (losses[0] - 2 * losses[1]).backward()
+        results.append(row_grads(part))
+    torch.testing.assert_close(*results)
+
+
 def test_two_forwards_of_one_shape_before_their_backward_are_told_apart_under_checkpointing():
     results = []
     for checkpoints in (False, True):
