@@ -148,6 +148,65 @@ def test_other_weights_or_another_precision_start_anew():
     assert len(counted) == 3
 
 
+def _other_memory(model):
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data * 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_other_memory, lambda model: model.to(torch.bfloat16), lambda model: model.model.rotary_emb.inv_freq.mul_(0.5)],
+    ids=["memory", "dtype", "buffer"],
+)
+def test_other_memory_another_dtype_or_other_buffers_start_anew(change):
+    losses = []
+    for fields in ({}, {"cache_bytes": LARGE}):
+        model = four("llama")
+        tightfit.apply(model, LadderSide(reduction=4, **fields))
+        shaken(model)
+        batch = models.batch(model)
+        before = model(**batch).loss
+        change(model)
+        losses.append(model(**batch).loss)
+        assert not torch.equal(before, losses[-1])
+    assert torch.equal(*losses)
+
+
+def test_settings_of_the_call_and_masks_by_kind_are_not_mixed_up():
+    model = models.build("gemma2")
+    tightfit.apply(model, LadderSide(reduction=4, cache_bytes=LARGE))
+    shaken(model)
+    plain = copy.deepcopy(model)
+    ids = models.batch(model)["input_ids"]
+    size = len(ids), 1, ids.shape[1], ids.shape[1]
+    for masks in (torch.ones(size, dtype=torch.bool), torch.ones(size, dtype=torch.bool).tril()):
+        given = {"input_ids": ids, "attention_mask": {"full_attention": masks, "sliding_attention": masks}}
+        assert torch.equal(model(**given).logits, plain.eval()(**given).logits)
+
+
+def test_the_trainer_of_a_language_model_reads_what_was_kept(tmp_path):
+    model = four("llama", dropout=0.0)
+    applied = tightfit.apply(model, LadderSide(reduction=4, cache_bytes=LARGE))
+    counted = inner_runs(model, "llama")
+    batch = models.batch(model, size=4)
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(4)]
+    arguments = hf.TrainingArguments(
+        tmp_path, num_train_epochs=3, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True
+    )
+    hf.Trainer(model, arguments, train_dataset=rows).train()
+    assert applied.report()["methods"]["LadderSide"]["cached_examples"] == 4
+    assert counted == [2, 2]
+
+
+def test_a_mixture_of_experts_that_gives_its_routing_runs():
+    config = hf.MixtralConfig(**models.SIZE, num_key_value_heads=1, num_local_experts=2, vocab_size=models.VOCABULARY)
+    model = hf.MixtralForCausalLM(config).train()
+    tightfit.apply(model, LadderSide(reduction=2, cache_bytes=LARGE))
+    batch = models.batch(model)
+    first, second = (model(**batch, output_router_logits=True).aux_loss for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_evaluation_and_recorded_states_run_the_backbone():
     model = four("bert", dropout=0.0)
     tightfit.apply(model, LadderSide(reduction=4, cache_bytes=LARGE))

@@ -17,12 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tightfit.core.hfmodel import has_values
+from tightfit.core.hfmodel import has_values, storage_keys
 from tightfit.core.host import map_file
 from tightfit.ops.autograd import autocast_dtype
 
 SEGMENT_BYTES = 2**25
-RECORDED = ("output_hidden_states", "output_attentions")
+RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""What blocks that do not run cannot give."""
+
+PASSED_ON = ("num_items_in_batch", "use_cache", "return_dict")
+"""Arguments on which no state depends."""
+
+Setting = bool | int | float | str
 
 
 @dataclasses.dataclass
@@ -127,10 +133,13 @@ class FeatureCache:
         """Look the examples of a call up; None where they cannot be known (no values, hidden states are asked for)."""
         given = inspect.signature(type(backbone).forward).bind_partial(backbone, *args, **kwargs).arguments
         given.update(given.pop("kwargs", {}))
-        tensors = {key: value for key, value in given.items() if torch.is_tensor(value)}
-        asked = any(given.get(key) or getattr(backbone.config, key, False)
-                    for key in ("output_hidden_states", "output_attentions"))  # fmt: skip
-        if asked or not tensors or torch.compiler.is_compiling() or not all(map(has_values, tensors.values())):
+        asked = any(given.get(key) or getattr(backbone.config, key, False) for key in RECORDED)
+        used = {key: v for key, v in given.items() if v is not None and v is not backbone and key not in PASSED_ON}
+        tensors = {key: value for key, value in used.items() if torch.is_tensor(value)}
+        settings = {key: value for key, value in used.items() if isinstance(value, Setting)}
+        if asked or not tensors or len(tensors) + len(settings) < len(used):  # a dict of masks, say
+            return None
+        if torch.compiler.is_compiling() or not all(map(has_values, tensors.values())):
             return None
         size = len(next(iter(tensors.values())))
         if any(value.dim() == 0 or len(value) != size for value in tensors.values()):
@@ -139,7 +148,7 @@ class FeatureCache:
         if stamp != self.stamp:
             self.clear()
             self.stamp = stamp
-        return Lookup(self, list(_examples(tensors, size)))
+        return Lookup(self, list(_examples(tensors, settings, size)))
 
     def take(self) -> Lookup | None:
         """The call's examples, for the first run of the stack in it."""
@@ -147,10 +156,9 @@ class FeatureCache:
         return found
 
     def _stamp_of(self, backbone: Any, device: torch.device, own: str) -> tuple:
-        """Changes when the backbone's weights do, or what it computes in."""
-        weights = tuple(
-            (id(p), p._version) for name, p in backbone.named_parameters() if own not in name.split(".")
-        )  # fmt: skip
+        """Changes when the backbone's weights and buffers do, or what it computes in."""
+        held = (*backbone.named_parameters(), *backbone.named_buffers())
+        weights = tuple(_state_of(tensor) for name, tensor in held if own not in name.split("."))
         return str(device), autocast_dtype(device.type), weights
 
     def room(self, skip: int, count: int) -> Slot | None:
@@ -182,13 +190,22 @@ class FeatureCache:
         return True
 
 
-def _examples(tensors: Mapping[str, Tensor], size: int) -> Iterator[tuple[bytes, int, int | None]]:
+def _state_of(tensor: Tensor) -> tuple:
+    """Changes when the tensor is written to, or gets another memory or type; not with a write through its `.data`."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return id(tensor), version, tensor.dtype, frozenset(storage_keys([tensor]))
+
+
+def _examples(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Setting], size: int
+) -> Iterator[tuple[bytes, int, int | None]]:
     """For each example a digest of what the model reads, its first token that counts, and how many do (None: all)."""
     host = {key: value.detach().cpu() for key, value in sorted(tensors.items())}
     mask = host.get("attention_mask")
+    same = repr(sorted(settings.items())).encode()
     for row in range(size):
         first, count = _span(mask[row]) if mask is not None and mask.dim() == 2 else (0, None)
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(same, digest_size=16)
         for key, value in host.items():
             own = value[row]
             if count is not None and mask is not None and own.shape == mask[row].shape:
