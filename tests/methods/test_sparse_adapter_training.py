@@ -81,6 +81,29 @@ def test_steps_are_those_of_the_dense_model_with_row_wise_adamw(family):
         torch.testing.assert_close(model.get_parameter(name), p, rtol=1e-8, atol=1e-10)
 
 
+def test_a_step_that_runs_the_backward_itself_is_the_same_step():
+    """As Lightning does it: zeroing, forward, backward and clipping in a closure."""
+    results = []
+    for inside in (False, True):
+        model, found, part = applied("llama", **WIDE)
+        optimizer = found.optimizer(torch.optim.AdamW, lr=0.05)
+
+        def closure(model=model, found=found, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = model(**models.batch(model)).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(found.parameters(), 1e-3)
+            return loss
+
+        for _ in range(3):
+            if not inside:
+                closure()
+            optimizer.step(closure if inside else None)
+        results.append(state(part))
+    assert same(*results)
+    assert all(layer.bank.step.max() == 3 for layer in part.layers)
+
+
 def test_rows_without_a_gradient_keep_their_bits_on_later_steps_too():
     model, found, part = applied("llama", weight_decay=0.1, width=400, top_k=2)
     optimizer = found.optimizer(lr=0.01)

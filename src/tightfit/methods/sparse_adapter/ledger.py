@@ -220,6 +220,17 @@ def _held(optimizer: torch.optim.Optimizer) -> list[tuple[SparseRows, dict[str, 
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if not _has_closure(args, kwargs):
+        _prepare(optimizer, "nothing was updated")
+
+
+def _has_closure(args: Any, kwargs: Any) -> bool:
+    """Whether the step runs the backward itself; `args` begin with the optimizer."""
+    return (len(args) > 1 and args[1] is not None) or kwargs.get("closure") is not None
+
+
+def _prepare(optimizer: torch.optim.Optimizer, left: str) -> None:
+    """Note the layers that are to be updated by this step; `left` says what was not where that cannot be."""
     if not _links:
         return
     held = _held(optimizer)
@@ -247,7 +258,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         if not (math.isfinite(norm) and math.isfinite(layer.bank.norm)):
             raise NotFiniteError(
                 f"SparseAdapter: the gradients of the rows of {layer.name} are not finite (norm {layer.bank.norm}); "
-                f"nothing was updated. Lower the learning rate, or clip gradients"
+                f"{left}. Lower the learning rate, or clip gradients"
             )
         factor = norm / layer.bank.norm if layer.bank.norm else 1.0
         jobs.append((layer, float(group["lr"]), factor * inverse))
@@ -255,6 +266,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if _has_closure(args, kwargs):
+        _prepare(optimizer, "no rows were updated")
     for layer, lr, factor in _jobs.pop(id(optimizer), ()):
         layer.run.kept.clear()
         layer.run.steps += 1
