@@ -162,6 +162,20 @@ def test_fit_takes_every_example_by_itself():
     assert LadderSide.fit(model, [whole], reduction=4) == LadderSide.fit(model, parts, reduction=4)
 
 
+def test_fit_leaves_modes_and_gradients_alone_and_does_not_count_them():
+    model = models.build("bert", dropout=0.0)
+    batch = models.batch(model)
+    expected = LadderSide.fit(model, [batch], reduction=4)
+    model.bert.embeddings.eval()
+    modes = [module.training for module in model.modules()]
+    for parameter in model.parameters():
+        parameter.grad = torch.rand_like(parameter) * 1000
+    held = [parameter.grad.clone() for parameter in model.parameters()]
+    assert LadderSide.fit(model, [batch], reduction=4) == expected
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), held))
+
+
 def test_fit_needs_data_with_labels():
     model = models.build("bert")
     batch = models.batch(model)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.core import hfmodel
+from tightfit.core.calls import evaluating
 from tightfit.core.edits import Edit, Part
 from tightfit.core.errors import UnsupportedModelError
 from tightfit.core.fields import check_bool, check_choice, check_float, check_int
@@ -174,12 +175,8 @@ class LadderSide(Transform):
                 f"LadderSide(init='magnitude')"
             )
         blocks = kept_blocks(model, here, value._design())
-        was = model.training
-        model.eval()
-        try:
+        with evaluating(model.modules()):
             scores = fisher(model, blocks, _examples(batches, samples), _loss)
-        finally:
-            model.train(was)
         inner = head_dim(hfmodel.text_config(model))
         chosen = choose(blocks, here[0].width, inner, value.reduction, scores, rotary=is_rotary(model))
         return dataclasses.replace(value, init="fisher", channels=(chosen.states, *chosen.groups))

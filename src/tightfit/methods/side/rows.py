@@ -226,6 +226,7 @@ def fisher(
     layers = {id(layer): layer for block in blocks for _, layer in linears(block)}
     scores = {key: torch.zeros(sizes(layer)[1]) for key, layer in layers.items()}
     flags = [(p, p.requires_grad) for p in model.parameters()]
+    grads = [(layer.weight, layer.weight.grad) for layer in layers.values()]
     hooks = []
 
     def add(key: int, turned: bool) -> Callable[[Tensor], None]:
@@ -242,6 +243,7 @@ def fisher(
             parameter.requires_grad_(False)
         for key, layer in layers.items():
             layer.weight.requires_grad_(True)
+            layer.weight.grad = None
             hooks.append(layer.weight.register_post_accumulate_grad_hook(add(key, hfmodel.is_conv1d(layer))))
         for row in rows:
             run(model, row).backward()
@@ -250,4 +252,6 @@ def fisher(
             hook.remove()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+        for weight, grad in grads:
+            weight.grad = grad
     return scores
