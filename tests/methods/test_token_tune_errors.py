@@ -124,7 +124,21 @@ def _deepseek_sparse():
     return hf.DeepseekV32ForCausalLM(config)
 
 
+def _gemma4():
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    layers = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2, "hidden_size_per_layer_input": 4}
+    words = {"vocab_size": 50, "vocab_size_per_layer_input": 50, "pad_token_id": 0}
+    return hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**size, **layers, **words, global_head_dim=8))
+
+
 REFUSED = {
+    "gemma4": (_gemma4, "reads an embedding of its own"),
     "deepseek-v32": (_deepseek_sparse, "goes by the name of the attention"),
     "bloom": (lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=4)), "ALiBi"),
     "falcon": (
@@ -172,6 +186,19 @@ def test_models_that_mix_tokens_elsewhere_are_refused(name):
     assert list(TokenTune.candidates(model)) == []
     with pytest.raises(UnsupportedModelError, match=reason):
         tightfit.plan(model, TokenTune(ratio=0.5), batch=(2, 8))
+
+
+def test_what_the_models_own_code_raises_in_the_check_is_a_refusal():
+    model = build("llama")
+    mlp = type(model.model.layers[1].mlp)
+
+    class Counting(mlp):  # it needs all tokens
+        def forward(self, x):
+            return super().forward(x).view(x.shape[0], 12, -1)
+
+    model.model.layers[1].mlp.__class__ = Counting
+    with pytest.raises(UnsupportedModelError, match=r"selected tokens apart, ended in RuntimeError: shape '\[2, 12"):
+        tightfit.apply(model, TokenTune(ratio=0.5))
 
 
 def test_the_check_finds_what_structure_does_not_show():
