@@ -40,7 +40,7 @@ def saved_apart() -> torch.autograd.graph.saved_tensors_hooks:
 
 
 def inner_gradients(
-    roots: Sequence[Tensor | GradientEdge], wanted: Sequence[Tensor], grads: Sequence[Tensor]
+    roots: Sequence[Tensor] | Sequence[GradientEdge], wanted: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """Gradients that a backward makes by a graph of its own and hands on; None where there is none.
 
