@@ -8,7 +8,7 @@ import pytest
 import torch
 from partial_embedding_cases import pair, table
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import MobileBertConfig, MobileBertForMaskedLM, ViTConfig, ViTForImageClassification
 
 import tightfit
 from tightfit import DataError, PartialEmbedding, StateError, UnknownTokenError, UnsupportedModelError
@@ -181,6 +181,18 @@ def test_a_head_of_another_size_is_refused():
     model.lm_head = nn.Linear(32, 100)
     with pytest.raises(UnsupportedModelError, match="does not have one row for each of the 120 rows"):
         tightfit.apply(model, PartialEmbedding(ids=models.kept_ids(model)))
+
+
+def test_a_head_that_is_more_than_its_rows_is_refused_in_part():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = MobileBertConfig(
+        **sizes, vocab_size=90, embedding_size=16, intra_bottleneck_size=32, true_hidden_size=32
+    )
+    model = MobileBertForMaskedLM(config)
+    for head in ("split", "pruned"):
+        with pytest.raises(UnsupportedModelError, match=r"predictions\.dense beside .*use head='full'"):
+            tightfit.apply(model, PartialEmbedding(ids=range(30), head=head, force=True))
+    tightfit.apply(model, PartialEmbedding(ids=range(30), force=True))
 
 
 def test_a_model_without_values_is_refused():

@@ -13,7 +13,7 @@ from torch import nn
 from tightfit.core import hfmodel
 from tightfit.core.apply import Applied
 from tightfit.core.edits import CallEdit, Edit, Handle, ModuleEdit, ParameterEdit
-from tightfit.core.errors import shorten
+from tightfit.core.errors import UnsupportedModelError, shorten
 from tightfit.core.fields import check_bool, check_choice
 from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.partial_embedding.head import HeadEdit
@@ -193,6 +193,11 @@ class PartialEmbedding(Transform):
         tables = find_tables(model)
         self._check_ids(model, tables)
         head = self._head_mode(model, tables, context)
+        if head in ("split", "pruned") and tables.beside:
+            raise UnsupportedModelError(
+                f"PartialEmbedding(head={head!r}): {type(model).__name__} predicts tokens with {tables.beside[0]} beside "
+                f"{tables.head}, so the head cannot hold some rows only; use head='full'"
+            )
         reduced = self._reduced(tables, head)
         self._check_saving(model, context, reduced)
         self._check_decay(model, tables, head, context)

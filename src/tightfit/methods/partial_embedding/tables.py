@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Tables:
         output: the head's weight; one of `inputs` when tied.
         biases: the head's bias parameters (V,).
         constants: buffers added to the logits, (1, V).
+        beside: names of layers next to the head that have a vocabulary dimension too (MobileBERT's head reads one).
     """
 
     size: int
@@ -42,6 +44,7 @@ class Tables:
     output: VocabularyTensor | None
     biases: tuple[VocabularyTensor, ...]
     constants: tuple[VocabularyTensor, ...]
+    beside: tuple[str, ...] = ()
 
     @property
     def tied(self) -> bool:
@@ -80,7 +83,8 @@ def find_tables(model: nn.Module) -> Tables:
         for buffer in model._buffers.values()
         if buffer is not None and _is_constant(buffer, size)
     )
-    found = Tables(size, lookups, inputs, head, output, biases or (), constants)
+    beside = () if head is None else tuple(_beside(model, head, size))
+    found = Tables(size, lookups, inputs, head, output, biases or (), constants, beside)
     for vocabulary_tensor in found.all:
         _refuse_packed(vocabulary_tensor, found.size)
     return found
@@ -126,6 +130,14 @@ def _head(model: nn.Module, size: int) -> str | None:
             f"have one row for each of the {size} rows of the input table"
         )
     return next(name for name, module in model.named_modules() if module is head)
+
+
+def _beside(model: nn.Module, head: str, size: int) -> Iterator[str]:
+    parent = head.rpartition(".")[0]
+    own = model.get_submodule(head)
+    for name, child in model.get_submodule(parent).named_children():
+        if child is not own and hfmodel.is_linear(child) and size in child.weight.shape:  # type: ignore[operator, union-attr]
+            yield f"{parent}.{name}" if parent else name
 
 
 def _tensor(model: nn.Module, tensor: torch.Tensor, dim: int = 0) -> VocabularyTensor:
