@@ -185,9 +185,7 @@ def test_a_head_of_another_size_is_refused():
 
 def test_a_head_that_is_more_than_its_rows_is_refused_in_part():
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = MobileBertConfig(
-        **sizes, vocab_size=90, embedding_size=16, intra_bottleneck_size=32, true_hidden_size=32
-    )
+    config = MobileBertConfig(**sizes, vocab_size=90, embedding_size=16, intra_bottleneck_size=32, true_hidden_size=32)
     model = MobileBertForMaskedLM(config)
     for head in ("split", "pruned"):
         with pytest.raises(UnsupportedModelError, match=r"predictions\.dense beside .*use head='full'"):

@@ -160,6 +160,8 @@ def test_ids_in_the_configs_are_renumbered(tmp_path):
     model, tokenizer = make_bart()
     code = tokenizer.convert_tokens_to_ids("ro_RO")
     model.generation_config.update(suppress_tokens=[7], bad_words_ids=[[7, 9], [code]], forced_bos_token_id=code)
+    model.generation_config.sequence_bias = [[[7, code], -2.0]]
+    model.generation_config.lang_to_id = {"<|ro|>": code}
     model.config.forced_decoder_ids = [[1, code]]
     before = model.config.to_dict(), model.generation_config.to_dict()
     report = trim_model(model, tokenizer, seen(tokenizer, USED), tmp_path / "small")
@@ -170,6 +172,9 @@ def test_ids_in_the_configs_are_renumbered(tmp_path):
     assert small.generation_config.forced_bos_token_id == new(code) != code
     assert small.generation_config.suppress_tokens == [new(7)]
     assert small.generation_config.bad_words_ids == [[new(7), new(9)], [new(code)]]
+    assert small.generation_config.sequence_bias == [[[new(7), new(code)], -2.0]]
+    written = json.loads((tmp_path / "small" / "generation_config.json").read_text())
+    assert written["lang_to_id"] == {"<|ro|>": new(code)}
     assert small.config.forced_decoder_ids == [[1, new(code)]]
     assert {7, 9} & set(report.added) or {7, 9} <= set(seen(tokenizer, USED))
     assert all(i in report.reasons for i in report.added)

@@ -188,6 +188,21 @@ def is_id_field(name: str) -> bool:
     return name.endswith(("_token_id", "_token_ids", "_token_index")) or name in _GENERATION_LISTS
 
 
+def is_id_table(name: str, value: Any) -> bool:
+    """Whether a field of a generation config gives token ids by name (Whisper's languages and tasks)."""
+    return name in ("lang_to_id", "task_to_id") and isinstance(value, dict)
+
+
+def biased_sequences(value: Any) -> list[tuple[tuple[int, ...], float]]:
+    """The field `sequence_bias` of a generation config, in either of its forms: (ids, bias) for each.
+
+    >>> biased_sequences({(3, 4): -1.0}) == biased_sequences([[[3, 4], -1.0]])
+    True
+    """
+    pairs = value.items() if isinstance(value, dict) else value or ()
+    return [(tuple(sequence), bias) for sequence, bias in pairs]
+
+
 def _config_ids(config: Any, place: str, reasons: dict[int, str]) -> None:
     """Collect the token ids that a config names, and those of the language configs nested in it."""
     if config is None:
@@ -200,6 +215,14 @@ def _config_ids(config: Any, place: str, reasons: dict[int, str]) -> None:
             for _, token_id in value or ():  # pairs of position and id
                 for number in _integers(token_id):
                     reasons.setdefault(number, f"{place}.{name}")
+        elif is_id_table(name, value):
+            for token_id in value.values():
+                for number in _integers(token_id):
+                    reasons.setdefault(number, f"{place}.{name}")
+        elif name == "sequence_bias":
+            for sequence, _ in biased_sequences(value):
+                for token_id in sequence:
+                    reasons.setdefault(token_id, f"{place}.{name}")
         elif hasattr(value, "to_dict") and getattr(value, "vocab_size", None) is not None:
             _config_ids(value, f"{place}.{name}", reasons)
 

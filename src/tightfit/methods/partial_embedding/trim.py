@@ -16,7 +16,7 @@ from tightfit.core import hfmodel
 from tightfit.core.artifacts import replacing_folder
 from tightfit.core.errors import ArtifactError, StateError, UnsupportedModelError, shorten
 from tightfit.core.tight import is_tight
-from tightfit.methods.partial_embedding.scan import is_id_field, required_ids
+from tightfit.methods.partial_embedding.scan import biased_sequences, is_id_field, is_id_table, required_ids
 from tightfit.methods.partial_embedding.tables import Tables, find_tables
 from tightfit.methods.partial_embedding.tokenizer import TrimError, TrimmedTokenizer, trim_tokenizer
 
@@ -240,6 +240,12 @@ def _renumber_fields(holder: Any, rank: Mapping[int, int]) -> None:
     for name, value in list(_fields(holder)):
         if is_id_field(name):
             setattr(holder, name, _renumbered(value, rank))
+        elif is_id_table(name, value):
+            setattr(holder, name, {key: _renumbered(token, rank) for key, token in value.items()})
+        elif name == "sequence_bias":
+            renumbered = {_renumbered(sequence, rank): bias for sequence, bias in biased_sequences(value)}
+            as_list = [[list(sequence), bias] for sequence, bias in renumbered.items()]
+            setattr(holder, name, renumbered if isinstance(value, dict) else as_list)
         elif name == "forced_decoder_ids" and value:
             setattr(holder, name, [[position, _renumbered(token, rank)] for position, token in value])
 
