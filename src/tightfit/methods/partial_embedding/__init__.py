@@ -195,8 +195,8 @@ class PartialEmbedding(Transform):
         head = self._head_mode(model, tables, context)
         if head in ("split", "pruned") and tables.beside:
             raise UnsupportedModelError(
-                f"PartialEmbedding(head={head!r}): {type(model).__name__} predicts tokens with {tables.beside[0]} beside "
-                f"{tables.head}, so the head cannot hold some rows only; use head='full'"
+                f"PartialEmbedding(head={head!r}): {type(model).__name__} predicts tokens with {tables.beside[0]} "
+                f"beside {tables.head}, so the head cannot hold some rows only; use head='full'"
             )
         reduced = self._reduced(tables, head)
         self._check_saving(model, context, reduced)

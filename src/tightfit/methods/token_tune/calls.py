@@ -81,7 +81,11 @@ def _prepared(model: Any, tuner: Tuner, call: dict[str, Any], request: Request) 
         ids, pad = call.get("input_ids"), getattr(hfmodel.text_config(model), "pad_token_id", None)
         if torch.is_tensor(ids) and pad is not None:
             places = torch.arange(ids.shape[1], device=ids.device)
-            real = ids.ne(pad) if call.get("attention_mask") is None else tuner.real_of(call, ids.shape, ids.device)
+            real = (
+                ids.ne(pad)
+                if call.get("attention_mask") is None
+                else tuner.real_of(call, (ids.shape[0], ids.shape[1]), ids.device)
+            )
             request.real = real & (places <= pooled_place(ids, pad))
     shifted = call.get("shift_labels")
     if not tuner.facts.per_token or (labels is None and shifted is None):
@@ -92,7 +96,7 @@ def _prepared(model: Any, tuner: Tuner, call: dict[str, Any], request: Request) 
     request.rows, request.labelled, call["labels"] = True, targets.ne(-100), None
     if head == "seq2seq":
         if call.get("decoder_input_ids") is None and call.get("decoder_inputs_embeds") is None:
-            call["decoder_input_ids"] = _decoder_ids(hfmodel.without_peft(model), labels)
+            call["decoder_input_ids"] = _decoder_ids(hfmodel.without_peft(model), targets)
         if call.get("decoder_attention_mask") is None:
             request.real = targets.ne(-100)
     return targets
