@@ -355,6 +355,35 @@ def test_a_call_edit_on_the_backbone_sees_a_trainer_that_replaces_the_forward():
     assert not torch.equal(seen[0], ids)
 
 
+class Counting:
+    """Counts calls of the module."""
+
+    def forward(self, *args, **kwargs):
+        state_of(self, Counting)["calls"].append(1)
+        return super().forward(*args, **kwargs)
+
+
+def _opt():
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64}
+    return hf.OPTForCausalLM(hf.OPTConfig(**size, word_embed_proj_dim=32, vocab_size=models.VOCABULARY))
+
+
+def _bart_decoder():
+    config = hf.BartConfig(d_model=32, decoder_layers=2, decoder_attention_heads=2, vocab_size=models.VOCABULARY)
+    return hf.BartForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [_opt, _bart_decoder, *(lambda f=f: build(f) for f in STACKED)])
+def test_a_call_edit_sees_every_call_also_where_a_head_calls_past_the_backbone(make):
+    model, calls = make(), []
+    edit = CallEdit(mixin=Counting, state=lambda module: {"calls": calls})
+    handle = edit.run(model)
+    ids = torch.randint(5, 100, (2, 8))
+    model(input_ids=ids, **({"labels": ids} if model.config.is_encoder_decoder else {}))
+    handle.undo(model)
+    assert len(calls) == 1
+
+
 def test_a_call_edit_names_its_places():
     with pytest.raises(ValueError, match=r"CallEdit\(where=...\): got 'backbnoe'.*did you mean 'backbone'"):
         CallEdit(where="backbnoe", mixin=OwnLinearMixin)

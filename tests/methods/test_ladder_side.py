@@ -13,6 +13,7 @@ from side_cases import DROPS_APART, drops_apart
 import tightfit
 from tightfit import LadderSide, Lora, Losa, Sherl
 from tightfit.core.edits import planning
+from tightfit.core.errors import UnsupportedModelError
 from tightfit.core.memory import saved_bytes
 from tightfit.methods.side.net import small_config
 
@@ -415,6 +416,45 @@ def test_a_quantised_backbone(bits):
         assert (side - wanted).abs().mean() < 0.2 * wanted.abs().mean()
     losses = train(model, applied.optimizer(lr=1e-2), models.batch(model), 6)
     assert losses[-1] < losses[0]
+
+
+def _deberta():
+    """Its blocks read a table of relative positions, which nothing cuts."""
+    config = hf.DebertaV2Config(
+        **models.SIZE, vocab_size=models.VOCABULARY, relative_attention=True, pos_att_type=["p2c", "c2p"]
+    )
+    return hf.DebertaV2ForSequenceClassification(config)
+
+
+def _fnet():
+    sizes = {key: value for key, value in models.SIZE.items() if key != "num_attention_heads"}
+    return hf.FNetForSequenceClassification(hf.FNetConfig(**sizes, vocab_size=models.VOCABULARY))
+
+
+def test_blocks_that_cannot_be_side_blocks_are_refused():
+    batch = {"input_ids": torch.ones(2, 8, dtype=torch.long), "labels": torch.tensor([0, 1])}
+    with pytest.raises(UnsupportedModelError, match=r"FNetConfig names no one width of attention heads"):
+        tightfit.apply(_fnet(), LadderSide(reduction=2))
+    reason = r"LadderSide\(reduction=2\): a DebertaV2Layer of 1/2 of the widths does not run on what"
+    with pytest.raises(UnsupportedModelError, match=reason):
+        tightfit.plan(_deberta(), LadderSide(reduction=2), batch=batch)
+    model = _deberta().train()
+    applied = tightfit.apply(model, LadderSide(reduction=2))
+    with pytest.raises(UnsupportedModelError, match=reason):
+        model(**batch)
+    applied.remove()
+    model(**batch).loss.backward()
+
+
+def test_a_cache_switch_that_is_given_by_place():
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "dim_head": 16, "dim_ff": 64, "num_hidden_layers": 2}
+    config = hf.CpmAntConfig(**sizes, vocab_size=models.VOCABULARY, prompt_length=4, position_bias_max_distance=64)
+    torch.manual_seed(0)
+    model = hf.CpmAntForCausalLM(config).train()
+    ids = torch.randint(5, 100, (2, 8))
+    wanted = model(input_ids=ids, use_cache=False).logits
+    tightfit.apply(model, Losa())
+    torch.testing.assert_close(model(input_ids=ids).logits, wanted)
 
 
 def test_adapters_inside_the_frozen_blocks_are_refused():

@@ -6,6 +6,7 @@ import models
 import peft
 import pytest
 import torch
+import transformers as hf
 from checks.state import assert_same, logits, snapshot, train
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -27,6 +28,38 @@ def test_the_default_is_every_linear_layer_of_the_blocks(family):
     assert adapted(model) == names
     head = model.get_output_embeddings()
     assert head is None or not isinstance(head, BaseTunerLayer)
+
+
+def _jamba():
+    mamba = {"mamba_d_state": 4, "mamba_dt_rank": 4}
+    layers = {"attn_layer_period": 8, "attn_layer_offset": 4, "num_experts": 2, "num_key_value_heads": 1}
+    return hf.JambaForCausalLM(hf.JambaConfig(**models.SIZE, **mamba, **layers, vocab_size=models.VOCABULARY))
+
+
+def _mamba():
+    config = hf.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, vocab_size=models.VOCABULARY)
+    return hf.MambaForCausalLM(config)
+
+
+def _llama4():
+    heads = {"num_key_value_heads": 1, "head_dim": 16, "intermediate_size_mlp": 32, "num_local_experts": 2}
+    config = hf.Llama4TextConfig(**models.SIZE, **heads, vocab_size=models.VOCABULARY, interleave_moe_layer_step=1)
+    return hf.Llama4ForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("build", "left"),
+    [(_jamba, {"dt_proj"}), (_mamba, {"x_proj", "dt_proj", "out_proj"}), (_llama4, {"router"})],
+)
+def test_adapters_stand_only_where_they_take_part(build, left):
+    torch.manual_seed(0)
+    model = build().train()
+    linears = hfmodel.block_linears(model)
+    tightfit.apply(model, Lora(rank=2))
+    assert {name.rsplit(".", 1)[1] for name in set(linears) - set(adapted(model))} == left
+    ids = torch.randint(1, models.VOCABULARY, (2, 6))
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 def test_where():

@@ -114,7 +114,7 @@ class ModulesEdit(Edit):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class CallEdit(Edit):
-    """Wrap the call of the model (`where="model"`) or of its backbone (`where="backbone"`).
+    """Wrap the call of the model (`where="model"`) or of its backbone (`where="backbone"`; see `hfmodel.runner`).
 
     The mixin overrides `forward` where the caller is the model itself, or `__call__` where a trainer may have
     replaced the instance's `forward`.
@@ -133,7 +133,7 @@ class CallEdit(Edit):
         return f"({self.where})"
 
     def run(self, model: nn.Module) -> Handle:
-        module = model if self.where == "model" else hfmodel.backbone(model)[1]
+        module = model if self.where == "model" else hfmodel.runner(model)[1]
         return _MixinHandle([module], self.mixin, self.state)
 
 

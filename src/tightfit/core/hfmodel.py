@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import dis
 import functools
 import inspect
 import types
@@ -90,6 +91,12 @@ def reader(model: nn.Module) -> tuple[str, nn.Module]:
     return name, module
 
 
+def runner(model: nn.Module) -> tuple[str, nn.Module]:
+    """What every call of the blocks goes through, with its name: the backbone, or the part of it that heads call."""
+    # of an encoder-decoder the reader is one half only
+    return backbone(model) if len(stacks(model)) > 1 else reader(model)
+
+
 def is_linear(module: nn.Module) -> bool:
     """nn.Linear and its subclasses (quantised ones too), and GPT-2's transposed Conv1D."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
@@ -104,6 +111,52 @@ def block_linears(model: nn.Module) -> list[str]:
     """Names of all linear layers inside the stacks of blocks, in model order."""
     blocks = tuple(f"{block}." for stack in stacks(model) for block in stack)
     return [name for name, module in stock_modules(model) if name.startswith(blocks) and is_linear(module)]
+
+
+def adaptable_linears(model: nn.Module) -> list[str]:
+    """Those of `block_linears` whose output an adapter can add to, and where it always trains.
+
+    Left out are routers that give more than a tensor (Llama 4), and layers of state-space mixers whose weight the mixer
+    also reads past the layer (Mamba's `out_proj`, Jamba's `dt_proj`): an adapter there would not take part.
+    """
+    read = {
+        f"{name}.{child}" if name else child
+        for name, module in stock_modules(model)
+        if "A_log" in module._parameters
+        for cls in type(module).__mro__
+        for child in _children_read(cls)
+    }
+    linears = (name for name in block_linears(model) if name not in read)
+    return [name for name in linears if _gives_tensor(stock_module(model, name))]
+
+
+def _gives_tensor(linear: Any) -> bool:
+    if type(linear).forward is nn.Linear.forward or type(linear).__module__.partition(".")[0] != "transformers":
+        return True
+    rows = torch.zeros(2, linear.weight.shape[-1], dtype=linear.weight.dtype, device=linear.weight.device)
+    with torch.no_grad():
+        return is_conv1d(linear) or torch.is_tensor(linear(rows))
+
+
+@functools.cache
+def _children_read(cls: type) -> frozenset[str]:
+    """Names of children whose `weight` the code of a class itself reads, other than for its type or place."""
+    found = set()
+    for function in _functions(cls):
+        steps = [i for i in dis.get_instructions(function.__code__) if i.opname != "EXTENDED_ARG"]
+        for child, weight, then in zip(steps, steps[1:], steps[2:]):  # a return at least comes behind
+            read = (child.opname, weight.opname, weight.argval) == ("LOAD_ATTR", "LOAD_ATTR", "weight")
+            if read and not (then.opname == "LOAD_ATTR" and then.argval in ("dtype", "device", "shape")):
+                found.add(child.argval)
+    return frozenset(found)
+
+
+def _functions(cls: type) -> list[types.FunctionType]:
+    """What a class defines itself, without decorators; nothing of torch's or of this package's classes."""
+    if cls.__module__.partition(".")[0] in ("torch", "tightfit"):
+        return []
+    members = (inspect.unwrap(getattr(value, "__func__", value)) for value in vars(cls).values() if callable(value))
+    return [f for f in members if isinstance(f, types.FunctionType)]
 
 
 def has_lm_head(model: nn.Module) -> bool:
@@ -190,10 +243,7 @@ def asks_for_sdpa(modules: Iterable[nn.Module]) -> str | None:
 
 @functools.cache
 def _names_sdpa(cls: type) -> bool:
-    if cls.__module__.partition(".")[0] in ("torch", "tightfit"):
-        return False
-    members = (inspect.unwrap(getattr(value, "__func__", value)) for value in vars(cls).values() if callable(value))
-    return any(_compares_with_sdpa(f.__code__) for f in members if isinstance(f, types.FunctionType))
+    return any(_compares_with_sdpa(function.__code__) for function in _functions(cls))
 
 
 def _compares_with_sdpa(code: types.CodeType) -> bool:

@@ -42,7 +42,8 @@ class Lora(Transform):
         rank: inner dimension of the adapters.
         alpha: scale; the adapters' output is multiplied by alpha / rank.
         dropout: on the adapters' input.
-        where: which linear layers; default: all linear layers inside the blocks.
+        where: which linear layers; default: those inside the blocks, but for routers that give more than a tensor
+            and layers whose weight a state-space mixer reads past the layer: an adapter there would take no part.
         train_head: keep a task head (a classifier) trainable.
         config: any `peft` config instead (a `PeftConfig` or its dict); then the fields above, save `train_head`,
             must keep their defaults.
@@ -94,7 +95,7 @@ class Lora(Transform):
 
     @classmethod
     def candidates(cls, model: nn.Module) -> Iterator[Lora]:
-        if hfmodel.block_linears(model):
+        if hfmodel.adaptable_linears(model):
             yield from (cls(rank=16), cls(rank=4))
 
     def freezes(self, model: nn.Module) -> Iterator[str]:
@@ -125,7 +126,7 @@ class Lora(Transform):
             return []
         if self.where is not None:
             return select(model, self.where, kind=hfmodel.is_linear, method="Lora")
-        targets = hfmodel.block_linears(model)
+        targets = hfmodel.adaptable_linears(model)
         if not targets:
             raise UnsupportedModelError(
                 f"Lora: {type(model).__name__} has no stack of blocks with linear layers; name the layers with where="

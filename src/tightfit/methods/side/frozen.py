@@ -33,11 +33,9 @@ def side_edit(place: Place, method: str, make: Callable[[nn.Module], nn.Module],
 def frozen_edits(model: nn.Module, method: str, *, dropout: bool, cache: Any = None) -> Iterator[Edit]:
     """Freeze the backbone, and let it run as in evaluation mode while the rest trains."""
     yield TrainableEdit(parameters=tuple(hfmodel.body_parameters(model)), trainable=False)
-    # a head may call the decoder past the backbone (OPT); of an encoder-decoder the reader is one half only
-    paired = len(hfmodel.stacks(model)) > 1
     yield ModuleEdit(
         slot=Slot.BLOCKS,
-        module=(hfmodel.backbone(model) if paired else hfmodel.reader(model))[0],
+        module=hfmodel.runner(model)[0],
         mixin=FrozenBackbone,
         state=lambda module: {"method": method, "dropout": dropout, "cache": cache},
         note="frozen" if dropout else "frozen, without dropout",
@@ -85,6 +83,7 @@ class FrozenBackbone:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         if torch.is_grad_enabled():
             _refuse_trained(self, own["method"])
+            args, kwargs = _named_cache(self, args, kwargs)
             kwargs = _without_cache(self, kwargs, own["method"])
         with contextlib.ExitStack() as stack:
             if not own["dropout"]:
@@ -116,6 +115,14 @@ def _refuse_trained(backbone: Any, method: str) -> None:
             f"{method}: the backbone runs without a graph, so {shorten(trained, 5)} would never get a gradient; set "
             f"requires_grad to False there, or leave out what trains them"
         )
+
+
+def _named_cache(backbone: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The call with all its arguments by name where those about the cache came by place (CPM-Ant)."""
+    names = list(inspect.signature(type(backbone).forward).parameters)[1 : len(args) + 1]
+    if not {"past_key_values", "use_cache"}.intersection(names):
+        return args, kwargs
+    return (), {**dict(zip(names, args)), **kwargs}
 
 
 def _without_cache(backbone: Any, kwargs: dict[str, Any], method: str) -> dict[str, Any]:

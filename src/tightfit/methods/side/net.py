@@ -45,7 +45,7 @@ def small_backbone(model: nn.Module, reduction: int, dropout: float) -> nn.Modul
     try:
         with torch.device("meta") if is_planning() else contextlib.nullcontext():
             return type(base)(config)
-    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+    except (ValueError, TypeError, RuntimeError, AssertionError, AttributeError) as error:
         raise UnsupportedModelError(
             f"LadderSide(reduction={reduction}): no {type(base).__name__} of these widths can be built: {error}"
         ) from error

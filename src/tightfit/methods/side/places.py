@@ -80,9 +80,18 @@ def _width(model: nn.Module, block: str) -> int:
 
 
 def head_dim(config: Any) -> int:
-    """Channels of one attention head."""
-    found = getattr(config, "head_dim", None)
-    return found if isinstance(found, int) else config.hidden_size // config.num_attention_heads
+    """Channels of one attention head.
+
+    Raises:
+        UnsupportedModelError: there are no heads, or those of the layers differ.
+    """
+    try:
+        found = getattr(config, "head_dim", None)
+        return found if isinstance(found, int) else config.hidden_size // config.num_attention_heads
+    except (AttributeError, ValueError, RuntimeError) as error:  # of another kind where layers differ (Gemma 4)
+        raise UnsupportedModelError(
+            f"LadderSide: {type(config).__name__} names no one width of attention heads ({error}); use Sherl or Losa"
+        ) from error
 
 
 def widths(config: Any) -> dict[str, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tightfit.core.edits import StackRunner
-from tightfit.core.errors import StateError, UnsupportedModelError
+from tightfit.core.errors import StateError, TightfitError, UnsupportedModelError
 from tightfit.core.stack import block_of
 from tightfit.methods.side.cache import FeatureCache, Lookup
 from tightfit.methods.side.frozen import Link, Split, first_tensor, plain_call, with_first
@@ -37,6 +37,7 @@ class LadderRunner(StackRunner):
 
     def __init__(self, side: SideNet, link: Link | None, encoder: bool, cache: FeatureCache | None = None):
         self.side, self.link, self.encoder, self.cache = side, link, encoder, cache
+        self.ran = False
 
     def open(self, hidden: Any) -> Tape:
         split = None
@@ -67,7 +68,7 @@ class LadderRunner(StackRunner):
             _same_attention(block, block_of(forward))
             given = [self._ours(tape, value) for value in args]
             beside = {key: self._ours(tape, value) for key, value in kwargs.items()}
-            with _uncaptured():
+            with _uncaptured(), contextlib.nullcontext() if self.ran else self._refusing(block):
                 made = block(state, *given, **beside)
             tape.state, tape.ours = first_tensor(made), () if torch.is_tensor(made) else tuple(made[1:])
         tape.theirs = () if torch.is_tensor(out) else tuple(out[1:])
@@ -80,8 +81,23 @@ class LadderRunner(StackRunner):
             if self.encoder:
                 assert self.link is not None
                 self.link.given = side.norm(tape.state)
+            self.ran = True
             return with_first(out, side.merged(tape.state, states))
         return out
+
+    @contextlib.contextmanager
+    def _refusing(self, block: Any) -> Iterator[None]:
+        """What a side block raises when it first runs says that such a block cannot be a side block."""
+        try:
+            yield
+        except (TightfitError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            share = self.side.width // self.side.side_width
+            raise UnsupportedModelError(
+                f"{METHOD}(reduction={share}): a {type(block).__name__} of 1/{share} of the widths does not run on "
+                f"what the model's own is called with ({type(error).__name__}: {error}); use Sherl or Losa"
+            ) from error
 
     def _run(self, tape: Tape, forward, hidden: Tensor, args: tuple, kwargs: dict) -> Any:
         plain, named = plain_call(tape.split, args, kwargs)
