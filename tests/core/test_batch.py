@@ -3,10 +3,12 @@
 import models
 import pytest
 import torch
+import transformers as hf
 
 import tightfit
 from tightfit.core.batch import check_batch, cut, positions, rows_of
 from tightfit.core.errors import DataError
+from tightfit.core.simulate import example_batch
 
 
 def batch(rows=4, length=8, **more):
@@ -42,6 +44,15 @@ def test_a_batch_that_does_not_fit_the_model_is_named(given, words):
     with pytest.raises(DataError) as caught:
         tightfit.plan(models.bert(), batch=given)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_translation_model_is_planned_from_sizes():
+    sizes = {f"{part}_{name}": value for part in ("encoder", "decoder")
+             for name, value in (("layers", 1), ("ffn_dim", 32), ("attention_heads", 2))}  # fmt: skip
+    config = hf.MarianConfig(d_model=16, vocab_size=50, pad_token_id=0, decoder_start_token_id=0, **sizes)
+    batch = example_batch(hf.MarianMTModel(config), 2, 8)
+    assert batch["labels"].shape == (2, 8)
+    assert tightfit.plan(hf.MarianMTModel(config), batch=(2, 8)).peak_bytes > 0
 
 
 def test_batches_that_fit():

@@ -33,6 +33,7 @@ _TASKS = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
     "ForConditionalGeneration": "seq2seq-lm",
+    "MTModel": "seq2seq-lm",
     "ForImageClassification": "image-classification",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",

@@ -18,6 +18,7 @@ _TASKS = {
     "ForCausalLM": "lm",
     "LMHeadModel": "lm",
     "ForConditionalGeneration": "seq2seq",
+    "MTModel": "seq2seq",
     "ForImageClassification": "image",
     "ForMultipleChoice": "choice",
 }
