@@ -116,7 +116,7 @@ def block_linears(model: nn.Module) -> list[str]:
 def adaptable_linears(model: nn.Module) -> list[str]:
     """Those of `block_linears` whose output an adapter can add to, and where it always trains.
 
-    Left out are routers that give more than a tensor (Llama 4), and layers of state-space mixers whose weight the mixer
+    Left out are routers that give more than a tensor (Llama 4), layers that do not map rows one by one, and layers of state-space mixers whose weight the mixer
     also reads past the layer (Mamba's `out_proj`, Jamba's `dt_proj`): an adapter there would not take part.
     """
     read = {
@@ -134,8 +134,11 @@ def _gives_tensor(linear: Any) -> bool:
     if type(linear).forward is nn.Linear.forward or type(linear).__module__.partition(".")[0] != "transformers":
         return True
     rows = torch.zeros(2, linear.weight.shape[-1], dtype=linear.weight.dtype, device=linear.weight.device)
-    with torch.no_grad():
-        return is_conv1d(linear) or torch.is_tensor(linear(rows))
+    try:
+        with torch.no_grad():
+            return is_conv1d(linear) or torch.is_tensor(linear(rows))
+    except (RuntimeError, TypeError):  # grouped layers (DeepSeek V4)
+        return False
 
 
 @functools.cache
