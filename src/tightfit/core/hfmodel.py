@@ -116,8 +116,9 @@ def block_linears(model: nn.Module) -> list[str]:
 def adaptable_linears(model: nn.Module) -> list[str]:
     """Those of `block_linears` whose output an adapter can add to, and where it always trains.
 
-    Left out are routers that give more than a tensor (Llama 4), layers that do not map rows one by one, and layers of state-space mixers whose weight the mixer
-    also reads past the layer (Mamba's `out_proj`, Jamba's `dt_proj`): an adapter there would not take part.
+    Left out are routers that give more than a tensor (Llama 4), layers that do not map rows one by one (DeepSeek V4),
+    and layers of state-space mixers whose weight the mixer also reads past the layer (Mamba's `out_proj`, Jamba's
+    `dt_proj`): an adapter there would not take part.
     """
     read = {
         f"{name}.{child}" if name else child
@@ -137,7 +138,7 @@ def _gives_tensor(linear: Any) -> bool:
     try:
         with torch.no_grad():
             return is_conv1d(linear) or torch.is_tensor(linear(rows))
-    except (RuntimeError, TypeError):  # grouped layers (DeepSeek V4)
+    except (RuntimeError, TypeError):
         return False
 
 
