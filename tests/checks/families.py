@@ -54,7 +54,7 @@ def families() -> list[tuple[str, str]]:
 
 
 def build(head: str, kind: str):
-    """A seeded model in training mode without dropout, every weight other than zero.
+    """A seeded model in training mode without dropout or jitter, every weight other than zero.
 
     Raises:
         NotTiny: its config does not take these sizes.
@@ -82,7 +82,7 @@ def build(head: str, kind: str):
 def _config(head: str, cls: type):
     given = cls().to_dict()
     fields = {k: v for k, v in SIZES.items() if not isinstance(given.get(k), list | dict | tuple | None)}
-    fields |= {k: 0.0 for k, v in given.items() if "drop" in k and isinstance(v, float)}
+    fields |= {k: 0.0 for k, v in given.items() if ("drop" in k or "jitter" in k) and isinstance(v, float)}
     if "pad_token_id" in given:
         fields["pad_token_id"] = 0
     if "use_cache" in given:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from tightfit.core.errors import UnsupportedModelError
+
 
 def _flatten(value: Any) -> tuple[list[Any], TreeSpec]:
     return tree_flatten(value, is_leaf=lambda item: not isinstance(item, (tuple, list, dict)))
@@ -41,6 +43,10 @@ class Part:
             leaves[place] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
         out = self.function(x, *args, **kwargs)
+        if isinstance(out, dict):
+            raise UnsupportedModelError(
+                f"Reversible: the blocks return a dict of {', '.join(map(str, out))}, not states"
+            )
         return (out, None) if torch.is_tensor(out) else (out[0], tuple(out[1:]))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tightfit.core import hfmodel
 from tightfit.core.calls import evaluating
 from tightfit.core.edits import CallEdit, ChildEdit, Claim, Edit, ModuleEdit, StackEdit, StackRunner, TrainableEdit
-from tightfit.core.errors import ConflictError, StateError, shorten
+from tightfit.core.errors import ConflictError, StateError, UnsupportedModelError, shorten
 from tightfit.core.tight import state_of
 from tightfit.core.transform import Slot
 from tightfit.methods.side.places import Place
@@ -143,7 +143,13 @@ def _without_cache(backbone: Any, kwargs: dict[str, Any], method: str) -> dict[s
 
 
 def first_tensor(out: Any) -> Tensor:
-    """The states among what a block returns."""
+    """The states among what a block returns.
+
+    Raises:
+        UnsupportedModelError: it returns a dict (SqueezeBERT).
+    """
+    if isinstance(out, dict):
+        raise UnsupportedModelError(f"the blocks return a dict of {', '.join(map(str, out))}, not states")
     return out if torch.is_tensor(out) else out[0]
 
 
@@ -170,12 +176,17 @@ class Widened:
     """
 
     def __call__(self, *args, **kwargs):
-        link = state_of(self, Widened)["link"]  # type: ignore[arg-type]
+        own = state_of(self, Widened)  # type: ignore[arg-type]
+        link = own["link"]
         out = super().__call__(*args, **kwargs)  # type: ignore[misc]
         given, link.given = link.given, None
         if given is None:
             return out
         plain = out[0]
+        if plain.shape[:-1] != given.shape[:-1]:
+            raise UnsupportedModelError(
+                f"{own['method']}: the encoder gives {plain.shape[1]} of the {given.shape[1]} tokens that its blocks get"
+            )
         wide = torch.cat([plain, given.to(plain.dtype)], dim=-1)
         if isinstance(out, tuple):
             return (wide, *out[1:])
@@ -197,7 +208,11 @@ class Narrowed:
 def link_edits(method: str, link: Link, encoder: Place) -> Iterator[Edit]:
     """Edits that let an encoder's output carry the side's."""
     yield ModuleEdit(
-        slot=Slot.BLOCKS, module=encoder.owner, mixin=Widened, state=lambda module: {"link": link}, note="side output"
+        slot=Slot.BLOCKS,
+        module=encoder.owner,
+        mixin=Widened,
+        state=lambda module: {"link": link, "method": method},
+        note="side output",
     )
     yield CallEdit(
         slot=Slot.BLOCKS, where="model", mixin=Narrowed, state=lambda module: {"width": encoder.width}, note="outputs"

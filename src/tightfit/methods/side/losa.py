@@ -159,7 +159,7 @@ def fixed_tokens(model: nn.Module) -> int:
         return 0
     for name, parameter in model.named_parameters():
         if "position_embedding" in name and parameter.dim() == 3:
-            return parameter.shape[1]
+            return parameter.shape[1] + (getattr(config, "num_register_tokens", None) or 0)  # they have no position
     return 0
 
 

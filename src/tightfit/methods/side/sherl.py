@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tightfit.core import hfmodel
 from tightfit.core.edits import Edit, ModuleEdit, Part, StackRunner
+from tightfit.core.errors import UnsupportedModelError
 from tightfit.core.fields import check_bool, check_float, check_int
 from tightfit.core.new_modules import fresh
 from tightfit.core.tight import state_of
@@ -265,6 +266,11 @@ class SherlRunner(StackRunner):
         self.net, self.link, self.late, self.encoder = net, link, late, encoder
 
     def open(self, hidden: Any) -> SherlTape:
+        if hidden.shape[-1] != self.net.width:
+            raise UnsupportedModelError(
+                f"{METHOD}: the blocks take states of shape {tuple(hidden.shape)}, whose last dimension is not the "
+                f"width of {self.net.width}"
+            )
         split = None
         if self.link is not None and not self.encoder:
             split = Split(self.net.width, self.net.width, METHOD)
