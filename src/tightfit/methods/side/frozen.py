@@ -185,7 +185,7 @@ class Widened:
         plain = out[0]
         if plain.shape[:-1] != given.shape[:-1]:
             raise UnsupportedModelError(
-                f"{own['method']}: the encoder gives {plain.shape[1]} of the {given.shape[1]} tokens that its blocks get"
+                f"{own['method']}: the encoder gives {plain.shape[1]} of the {given.shape[1]} tokens its blocks get"
             )
         wide = torch.cat([plain, given.to(plain.dtype)], dim=-1)
         if isinstance(out, tuple):
