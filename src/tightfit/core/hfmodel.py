@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import dis
-import functools
 import inspect
-import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from tightfit.core.model_code import children_read
 
 
 def without_peft(model: Any) -> Any:
@@ -125,7 +124,7 @@ def adaptable_linears(model: nn.Module) -> list[str]:
         for name, module in stock_modules(model)
         if "A_log" in module._parameters
         for cls in type(module).__mro__
-        for child in _children_read(cls)
+        for child in children_read(cls)
     }
     linears = (name for name in block_linears(model) if name not in read)
     return [name for name in linears if _gives_tensor(stock_module(model, name))]
@@ -140,27 +139,6 @@ def _gives_tensor(linear: Any) -> bool:
             return is_conv1d(linear) or torch.is_tensor(linear(rows))
     except (RuntimeError, TypeError):
         return False
-
-
-@functools.cache
-def _children_read(cls: type) -> frozenset[str]:
-    """Names of children whose `weight` the code of a class itself reads, other than for its type or place."""
-    found = set()
-    for function in _functions(cls):
-        steps = [i for i in dis.get_instructions(function.__code__) if i.opname != "EXTENDED_ARG"]
-        for child, weight, then in zip(steps, steps[1:], steps[2:]):  # a return at least comes behind
-            read = (child.opname, weight.opname, weight.argval) == ("LOAD_ATTR", "LOAD_ATTR", "weight")
-            if read and not (then.opname == "LOAD_ATTR" and then.argval in ("dtype", "device", "shape")):
-                found.add(child.argval)
-    return frozenset(found)
-
-
-def _functions(cls: type) -> list[types.FunctionType]:
-    """What a class defines itself, without decorators; nothing of torch's or of this package's classes."""
-    if cls.__module__.partition(".")[0] in ("torch", "tightfit"):
-        return []
-    members = (inspect.unwrap(getattr(value, "__func__", value)) for value in vars(cls).values() if callable(value))
-    return [f for f in members if isinstance(f, types.FunctionType)]
 
 
 def has_lm_head(model: nn.Module) -> bool:
@@ -230,30 +208,6 @@ def text_config(model: nn.Module) -> Any:
     """The config of the part of the model that reads text, or the only one."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def asks_for_sdpa(modules: Iterable[nn.Module]) -> str | None:
-    """The class among the modules' whose code asks whether the attention is named "sdpa", or None.
-
-    Under another name such a module would compute something else: Falcon's leaves transformers' registry aside, that
-    of DeepSeek V3.2 its sparse mask.
-    """
-    for cls in {type(module): None for module in modules}:
-        found = next((part for part in cls.__mro__ if _names_sdpa(part)), None)
-        if found is not None:
-            return found.__name__
-    return None
-
-
-@functools.cache
-def _names_sdpa(cls: type) -> bool:
-    return any(_compares_with_sdpa(function.__code__) for function in _functions(cls))
-
-
-def _compares_with_sdpa(code: types.CodeType) -> bool:
-    inside = any(_compares_with_sdpa(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
-    names = [name for constant in code.co_consts for name in (constant if isinstance(constant, tuple) else (constant,))]
-    return inside or ("sdpa" in names and "_attn_implementation" in (*code.co_names, *names))
 
 
 def shifts_labels(model: nn.Module) -> bool:

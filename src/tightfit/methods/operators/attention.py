@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tightfit.core import hfmodel
 from tightfit.core.edits import Edit, Handle
+from tightfit.core.model_code import asks_for_sdpa
 from tightfit.core.transform import Slot
 from tightfit.ops.attention import attention, dropout_attention
 from tightfit.ops.codec import Codec
@@ -25,7 +25,7 @@ def supports(model: nn.Module) -> bool:
     backend = getattr(model, "_supports_attention_backend", False) or getattr(model, "_supports_sdpa", False)
     config: Any = getattr(model, "config", None)
     now = getattr(config, "_attn_implementation", None)
-    return bool(backend) and now == STOCK and hfmodel.asks_for_sdpa(model.modules()) is None
+    return bool(backend) and now == STOCK and asks_for_sdpa(model.modules()) is None
 
 
 def fused_sdpa(

@@ -10,6 +10,7 @@ from torch import nn
 
 from tightfit.core import hfmodel
 from tightfit.core.errors import UnsupportedModelError
+from tightfit.core.model_code import asks_for_sdpa
 from tightfit.core.simulate.batches import task_of
 
 IMPLEMENTATIONS = ("sdpa", "eager")
@@ -166,7 +167,7 @@ def _refuse_structure(model: nn.Module, runner: nn.Module, config: Any, blocks: 
     backend = getattr(model, "_supports_attention_backend", False) or getattr(model, "_supports_sdpa", False)
     if not backend:
         raise _refused(model, "it does not take its attention from transformers' attention registry")
-    if (cls := hfmodel.asks_for_sdpa(whole)) is not None:
+    if (cls := asks_for_sdpa(whole)) is not None:
         raise _refused(model, f"its {cls} goes by the name of the attention, which is another one under this method")
     if now not in IMPLEMENTATIONS:
         raise _refused(model, f"its attention is {now!r}; load it with attn_implementation='sdpa' (or 'eager')")
