@@ -52,6 +52,16 @@ def gemma2(**kw):
     return hf.Gemma2ForCausalLM(config)
 
 
+def deepseek_sparse():
+    """Its attention sees but the tokens that an indexer picks."""
+    heads = {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 8, "q_lora_rank": 8}
+    index = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
+    config = hf.DeepseekV32Config(
+        **SIZE, **heads, **index, num_key_value_heads=2, first_k_dense_replace=2, vocab_size=VOCABULARY
+    )
+    return hf.DeepseekV32ForCausalLM(config)
+
+
 def t5(**kw):
     config = hf.T5Config(
         d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=VOCABULARY, decoder_start_token_id=0, **kw

@@ -188,29 +188,8 @@ def _falcon(**kw):
     return hf.FalconForCausalLM(hf.FalconConfig(**size, hidden_dropout=0.0, attention_dropout=0.0, **kw))
 
 
-def _sparse():
-    config = hf.DeepseekV32Config(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=99,
-        first_k_dense_replace=2,
-        kv_lora_rank=8,
-        q_lora_rank=8,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-        index_n_heads=2,
-        index_head_dim=8,
-        index_topk=4,
-    )
-    return hf.DeepseekV32ForCausalLM(config)
-
-
 @pytest.mark.parametrize("recipe", [FusedOps(), Mesa(attention=True)])
-@pytest.mark.parametrize("make", [_falcon, lambda: _falcon(alibi=True), _sparse])
+@pytest.mark.parametrize("make", [_falcon, lambda: _falcon(alibi=True), models.deepseek_sparse])
 def test_models_that_ask_for_the_name_of_their_attention_keep_it(make, recipe):
     torch.manual_seed(0)
     stock = make().train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import models
 import pytest
 import token_tune_cases as cases
 import torch
@@ -104,26 +105,6 @@ def _t5():
     return hf.T5ForConditionalGeneration(config)
 
 
-def _deepseek_sparse():
-    config = hf.DeepseekV32Config(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=50,
-        first_k_dense_replace=2,
-        kv_lora_rank=8,
-        q_lora_rank=8,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-        index_n_heads=2,
-        index_head_dim=8,
-    )
-    return hf.DeepseekV32ForCausalLM(config)
-
-
 def _gemma4():
     size = {
         "hidden_size": 16,
@@ -139,7 +120,7 @@ def _gemma4():
 
 REFUSED = {
     "gemma4": (_gemma4, "reads an embedding of its own"),
-    "deepseek-v32": (_deepseek_sparse, "goes by the name of the attention"),
+    "deepseek-v32": (models.deepseek_sparse, "goes by the name of the attention"),
     "bloom": (lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=4)), "ALiBi"),
     "falcon": (
         lambda: hf.FalconForCausalLM(
