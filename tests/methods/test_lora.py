@@ -32,7 +32,7 @@ def test_the_default_is_every_linear_layer_of_the_blocks(family):
 
 def _jamba():
     mamba = {"mamba_d_state": 4, "mamba_dt_rank": 4}
-    layers = {"attn_layer_period": 8, "attn_layer_offset": 4, "num_experts": 2, "num_key_value_heads": 1}
+    layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "num_key_value_heads": 1}
     return hf.JambaForCausalLM(hf.JambaConfig(**models.SIZE, **mamba, **layers, vocab_size=models.VOCABULARY))
 
 

@@ -61,15 +61,18 @@ def stock_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def stacks(model: nn.Module) -> list[list[str]]:
-    """The stacks of blocks: for each outermost ModuleList of same-class modules, the names of its blocks.
+    """The stacks of blocks: for each outermost ModuleList of modules of one kind, the names of its blocks.
 
-    Encoder-decoders give two. Stacks of one block count only when there is no longer one.
+    One kind is one class, or layers of several sorts (Jamba's, with attention and with Mamba). Encoder-decoders give
+    two. Stacks of one block count only when there is no longer one.
     """
     found: list[list[str]] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
             continue
-        if len({type(child) for child in module}) != 1 or not any(True for _ in module.parameters()):
+        classes = {type(child).__name__ for child in module}
+        kin = len(classes) == 1 or all(cls.endswith(("DecoderLayer", "EncoderLayer")) for cls in classes)
+        if not kin or not any(True for _ in module.parameters()):
             continue
         if any(name.startswith(f"{block}.") for stack in found for block in stack):
             continue
