@@ -474,3 +474,11 @@ def test_what_was_seen_is_saved_and_loaded(recipe, tmp_path):
     for key in seen:
         assert torch.equal(again.state_dict()[key].nan_to_num(), trained.state_dict()[key].nan_to_num())
     step(again)
+
+
+def test_layers_with_a_forward_of_their_own_are_named():
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99}
+    model = hf.FalconForSequenceClassification(hf.FalconConfig(**size))
+    with pytest.raises(tightfit.SelectorError, match=r"WtaCrs: its 8 layers .* have a forward of their own"):
+        tightfit.apply(model, WtaCrs())
+    tightfit.apply(model, tightfit.chain(WtaCrs(), tightfit.Lora(rank=2)))

@@ -129,6 +129,11 @@ def estimator_edits(
         names = {id(module): name for name, module in model.named_modules()}
         chosen = modules.linears(lambda name: owner_of(name) in named and only(name))
         layers = [m for m, _ in chosen(model) if trains(m)]
+        if not layers and not chosen(model):
+            raise SelectorError(
+                f"{method}: its {len(named)} layers ({shorten(sorted(named), 3)}) have a forward of their own (as "
+                f"Falcon's), whose weight gradient cannot be estimated; put adapters on them with Lora()"
+            )
         if not layers:
             raise SelectorError(
                 f"{method}: none of its {len(named)} layers trains under this recipe ({shorten(sorted(named), 3)}); "
