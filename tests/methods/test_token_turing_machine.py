@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 
 import models
@@ -322,6 +323,31 @@ def test_the_head_reads_the_encoders_tokens(family, pool):
     out.loss.backward()
     assert {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None} == {"tight_stream"}
     assert all(p.grad is not None for p in head.parameters())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "family"),
+    [(TokenTuringMachine(**SMALL), "bert"), (TokenTuringMachine(**SMALL), "vit"), (LearnableMemory(tokens=2), "vit")],
+)
+@pytest.mark.parametrize(
+    ("problem", "outputs", "loss"),
+    [
+        ("regression", 3, F.mse_loss),
+        ("multi_label_classification", 1, F.binary_cross_entropy_with_logits),
+        (None, 3, F.binary_cross_entropy_with_logits),
+    ],
+)
+def test_the_loss_is_the_one_that_the_config_names(recipe, family, problem, outputs, loss):
+    model = models.build(family)
+    model.config.problem_type = problem
+    tightfit.apply(model, dataclasses.replace(recipe, num_labels=outputs))
+    batch = models.batch(model) | {"labels": torch.rand(3, outputs)}
+    out = model(**batch)
+    torch.testing.assert_close(out.loss, loss(out.logits, batch["labels"]))
+    if outputs > 1:  # an earlier task's problem says nothing about classes
+        labels = torch.tensor([0, 2, 1])
+        out = model(**batch | {"labels": labels})
+        torch.testing.assert_close(out.loss, F.cross_entropy(out.logits, labels))
 
 
 def test_an_encoder_that_trains_gets_the_gradients_of_the_head():

@@ -26,6 +26,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def answered(model: Any, out: Any, logits: Tensor, call: dict[str, Any], labels: Tensor | None, classes: int) -> Any:
     """A model's output with other logits, and their loss; its own logits are `old_logits` where it has fields.
 
+    The loss is the one that the config's `problem_type` names, where labels are not integers; those are classes.
+
     Args:
         call: the arguments of the call by name, of which the loss takes what the Trainer counts.
         labels: None for no loss.
@@ -33,7 +35,8 @@ def answered(model: Any, out: Any, logits: Tensor, call: dict[str, Any], labels:
     """
     loss = None
     if labels is not None:
-        config = types.SimpleNamespace(num_labels=classes, problem_type=None)
+        kind = getattr(model.config, "problem_type", None) if labels.is_floating_point() else None
+        config = types.SimpleNamespace(num_labels=classes, problem_type=kind)
         items = {key: call[key] for key in ("num_items_in_batch",) if key in call}
         loss = model.loss_function(labels, logits, config, **items)
     if isinstance(out, tuple):
