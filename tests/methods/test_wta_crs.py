@@ -216,6 +216,25 @@ def test_cached_scores_know_examples():
             scores.expected((2, 3, 8), torch.ones(6))
 
 
+def test_an_overflow_under_a_loss_scale_leaves_no_trace_in_cached_scores():
+    torch.manual_seed(0)
+    model = models.build("bert")
+    applied = tightfit.apply(model, WtaCrs(scores="cache", examples=4, min_rows=1))
+    batch = models.batch(model, size=2, length=8) | {"sample_index": torch.tensor([2, 0])}
+
+    def tables():
+        found = [codec.scores.lengths for codec in applied.part(Sampling).codecs.values()]
+        return [table.clone() for table in found if table is not None]
+
+    for scale in (torch.inf, 1.0):
+        (model(**batch).loss * scale).backward()
+        assert all(table[[1, 3]].isnan().all() for table in tables())
+    learnt = tables()
+    assert all(table[[0, 2]].isfinite().all() for table in learnt)
+    (model(**batch).loss * torch.inf).backward()
+    assert all(torch.equal(a[[0, 2]], b[[0, 2]]) for a, b in zip(learnt, tables(), strict=True))
+
+
 def test_cached_scores_in_a_model():
     stock, applied = applied_to("bert", WtaCrs(scores="cache", examples=4, min_rows=1), dtype=torch.float32)
     batch = models.batch(stock, size=2, length=8)

@@ -116,8 +116,10 @@ class Cached(Scores):
 
     def observe(self, lengths, shape, *kept):
         if self.lengths is not None and kept and lengths.numel() == kept[0].shape[0] * self.lengths.shape[1]:
-            now = lengths.view(-1, self.lengths.shape[1]).to("cpu", torch.bfloat16)
-            self.lengths.index_copy_(0, kept[0].to("cpu"), now)
+            now, index = lengths.view(-1, self.lengths.shape[1]).to("cpu", torch.bfloat16), kept[0].to("cpu")
+            # a step that overflowed under a loss scale tells nothing
+            now = torch.where(now.isfinite(), now, self.lengths.index_select(0, index))
+            self.lengths.index_copy_(0, index, now)
 
     def tensors(self):
         return {"lengths": torch.empty(0, 0, dtype=torch.bfloat16) if self.lengths is None else self.lengths}
