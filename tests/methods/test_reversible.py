@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers as hf
 from checks.state import gradients
-from reversible_cases import close, deep, meft1, straight, two_step
+from reversible_cases import close, deep, later, meft1, straight, two_step
 
 import tightfit
 from tightfit import Lora, Reversible
@@ -137,13 +137,25 @@ OTHERS = {
     "distilbert": lambda: hf.DistilBertForSequenceClassification(
         hf.DistilBertConfig(dim=32, n_layers=4, n_heads=2, hidden_dim=64, vocab_size=models.VOCABULARY)
     ),
+    "qwen3-moe": lambda: hf.Qwen3MoeForCausalLM(  # its balance loss takes a gradient from the routers
+        hf.Qwen3MoeConfig(
+            **TEXT,
+            num_key_value_heads=1,
+            head_dim=16,
+            moe_intermediate_size=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            output_router_logits=True,
+            router_aux_loss_coef=10.0,
+        )
+    ),
     "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**SIZE, image_size=16, patch_size=8, num_labels=3)),
 }
 
 
 @pytest.mark.parametrize(
     "family",
-    ["gemma3", "vit", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS if f not in ("gemma3", "vit"))],
+    ["gemma3", "qwen3-moe", "vit", *later("distilbert", "gpt-neox", "modernbert", "opt", "qwen3")],
 )
 def test_gradients_of_other_architectures(family):
     model, slow = (models._seeded(OTHERS[family], 0.1) for _ in range(2))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tightfit.core.errors import UnsupportedModelError
+from tightfit.core.recording import noted_kinds, notes_apart
 
 
 def _flatten(value: Any) -> tuple[list[Any], TreeSpec]:
@@ -22,11 +23,13 @@ class Part:
     Attributes:
         tensors: the tensors among the arguments, until they are taken.
         parameters: what else takes a gradient from it.
+        notes: kinds of inner outputs that the model's call asks for.
     """
 
     def __init__(self, function: Callable, args: tuple = (), kwargs: dict | None = None, parameters: Sequence = ()):
         leaves, self.spec = _flatten((args, kwargs or {}))
         self.function, self.parameters = function, parameters
+        self.notes = noted_kinds()
         self.leaves = [None if torch.is_tensor(leaf) else leaf for leaf in leaves]
         self.places = [i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
         self.tensors: list[Tensor] = [leaf for leaf in leaves if torch.is_tensor(leaf)]
@@ -37,17 +40,22 @@ class Part:
         return tensors
 
     def __call__(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Any]:
-        """The first of the function's outputs, and the others (None where it gives one tensor)."""
+        """The first of the function's outputs; then the others (None: it gives one tensor) with what it notes, if any.
+
+        A gradient may come from what is noted too (a router's balance loss), so it leaves the part as outputs do.
+        """
         leaves = list(self.leaves)
         for place, tensor in zip(self.places, tensors):
             leaves[place] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
-        out = self.function(x, *args, **kwargs)
+        with notes_apart(self.notes) as noted:
+            out = self.function(x, *args, **kwargs)
         if isinstance(out, dict):
             raise UnsupportedModelError(
                 f"Reversible: the blocks return a dict of {', '.join(map(str, out))}, not states"
             )
-        return (out, None) if torch.is_tensor(out) else (out[0], tuple(out[1:]))
+        first, rest = (out, None) if torch.is_tensor(out) else (out[0], tuple(out[1:]))
+        return first, None if rest is None and not any(noted.values()) else (rest, noted)
 
 
 class Extras:

@@ -16,6 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from tightfit.core.errors import StateError
 from tightfit.core.hfmodel import has_values, storage_key
+from tightfit.core.recording import note
 from tightfit.methods.reversible.replay import Extras, Part
 from tightfit.methods.reversible.streams import Fixed, Floating, Half, Streams
 from tightfit.ops.autograd import inner_gradients, refuse_second_derivative, saved_apart
@@ -84,7 +85,11 @@ class Tape:
         else:
             value, made = step.first(self._x(half, read), given)
         self.edges = list(half.after(read, value))
-        return None if step.extras is None else step.extras.filled(made, given)
+        if step.extras is None:
+            return None
+        rest, noted = step.extras.filled(made, given)
+        note(noted)
+        return rest
 
     def _x(self, half: Half, read: Tensor) -> Tensor:
         assert self.streams is not None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tightfit.core.edits import StackRunner
 from tightfit.core.errors import StateError, TightfitError, UnsupportedModelError
+from tightfit.core.recording import notes_apart
 from tightfit.core.stack import block_of
 from tightfit.methods.side.cache import FeatureCache, Lookup
 from tightfit.methods.side.frozen import Link, Split, first_tensor, plain_call, with_first
@@ -68,7 +69,7 @@ class LadderRunner(StackRunner):
             _same_attention(block, block_of(forward))
             given = [self._ours(tape, value) for value in args]
             beside = {key: self._ours(tape, value) for key, value in kwargs.items()}
-            with _uncaptured(), contextlib.nullcontext() if self.ran else self._refusing(block):
+            with notes_apart(), contextlib.nullcontext() if self.ran else self._refusing(block):
                 made = block(state, *given, **beside)
             tape.state, tape.ours = first_tensor(made), () if torch.is_tensor(made) else tuple(made[1:])
         tape.theirs = () if torch.is_tensor(out) else tuple(out[1:])
@@ -192,25 +193,3 @@ def _empty(layer: Any) -> Any:
     if length is not None:
         twin.cumulative_length = torch.zeros_like(length) if torch.is_tensor(length) else 0
     return twin
-
-
-@contextlib.contextmanager
-def _uncaptured() -> Iterator[None]:
-    """transformers records states and attentions of every module of a class; the side blocks' are not the model's."""
-    collector = _collector()
-    if collector is None or collector.get() is None:
-        yield
-        return
-    token = collector.set(None)
-    try:
-        yield
-    finally:
-        collector.reset(token)
-
-
-def _collector() -> Any:
-    try:
-        from transformers.utils import output_capturing
-    except ImportError:  # an older transformers, whose blocks return what is asked for
-        return None
-    return getattr(output_capturing, "_active_collector", None)
