@@ -147,6 +147,62 @@ def test_other_kinds_of_adapters(kind, tmp_path):
     assert torch.equal(logits(exported, batch), logits(merged, batch))
 
 
+def qwen2():
+    """A decoder whose first projections have a bias and whose last one has none."""
+    size = {**models.SIZE, "vocab_size": models.VOCABULARY, "num_key_value_heads": 1, "pad_token_id": 0}
+    return models._seeded(lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**size)), None)
+
+
+TIED = {
+    "head": Lora(where="lm_head|q_proj"),
+    "embedding": Lora(config={"peft_type": "LORA", "target_modules": ["q_proj", "embed_tokens"]}),
+    "copies": Lora(config={"peft_type": "LORA", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+}
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_a_tied_weight_that_an_adapter_changes_in_one_place_is_exported_and_not_merged(kind, tmp_path):
+    model = models.build("llama-tied")
+    applied = tightfit.apply(model, TIED[kind])
+    batch = models.batch(model)
+    train(model, applied.optimizer(lr=1e-1), batch, 2)
+    live = logits(model, batch)
+    with pytest.raises(tightfit.StateError, match=r"(lm_head|embed_tokens).weight is tied to .* use export"):
+        applied.merge()
+    assert torch.equal(logits(model, batch), live)
+    applied.export(tmp_path / "out")
+    torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path / "out"), batch), live)
+
+
+@pytest.mark.parametrize(
+    "places", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "embed_tokens"]}]
+)
+def test_tied_adapters_on_tied_weights_are_merged_once(places, tmp_path):
+    config = {"peft_type": "LORA", "target_modules": ["q_proj"], "ensure_weight_tying": True, **places}
+    model = models.build("llama-tied")
+    applied = tightfit.apply(model, Lora(config=config))
+    batch = models.batch(model)
+    train(model, applied.optimizer(lr=1e-1), batch, 2)
+    live = logits(model, batch)
+    applied.export(tmp_path / "out")
+    merged = logits(applied.merge(), batch)
+    torch.testing.assert_close(merged, live, rtol=1e-4, atol=1e-4)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "out"), batch), merged)
+
+
+def test_a_merge_that_one_adapter_refuses_leaves_the_others():
+    model = qwen2()
+    config = {"peft_type": "LORA", "target_modules": ["q_proj", "o_proj"], "lora_bias": True}
+    applied = tightfit.apply(model, Lora(config=config))
+    batch = models.batch(model)
+    train(model, applied.optimizer(lr=1e-1), batch, 2)
+    live = logits(model, batch)
+    with pytest.raises(tightfit.StateError, match=r"the adapter of .*o_proj cannot be merged .*lora_bias"):
+        applied.merge()
+    assert torch.equal(logits(model, batch), live)
+
+
 @pytest.mark.parametrize(
     ("fields", "kind", "said"),
     [

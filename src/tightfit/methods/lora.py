@@ -8,6 +8,7 @@ import dataclasses
 import enum
 import functools
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -274,23 +275,26 @@ class _AdapterHandle(Handle):
                 f"merge(): the parameters of this {type(model).__name__} are sharded, and adapters cannot be added to "
                 f"parts of them; use export(folder), which gathers them"
             )
+        layers = dict(_adapters(model))
+        for name, layer in layers.items():
+            _refuse_packed(verb, name, layer)
+        if verb == "merge":
+            _refuse_half_merged(model, layers)
 
     def merge(self, model: nn.Module) -> None:
-        layers = list(_adapters(model))
-        for name, layer in layers:
-            _refuse_packed("merge", name, layer)
+        done: set[int] = set()  # layers that are tied, with adapters that are too, have one result
         with torch.no_grad():
-            for _, layer in layers:
+            for _, layer in _adapters(model):
                 merged = _merged(layer)
                 for key, parameter in _stock_part(layer).named_parameters():
-                    parameter.copy_(merged.get_parameter(key))
+                    if id(parameter) not in done:
+                        parameter.copy_(merged.get_parameter(key))
+                        done.add(id(parameter))
         self._take_off(model)
 
     def stock_state(self, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
         merged: dict[str, torch.Tensor] = {}
         layers = dict(_adapters(model))
-        for name, layer in layers.items():
-            _refuse_packed("export", name, layer)
         # one layer is merged at a time, when it is written; sharded ones now, where all processes take part
         waits = not has_sharded(model)
         last = _LastMerged()
@@ -352,7 +356,8 @@ class _LastMerged:
         value = self.state.pop(key, None)
         if value is None:
             value = dict(_merged(layer).state_dict())[key]
-        return value
+        # a trainable copy may be that of a tied layer too, and a file has no room for one tensor under two names
+        return value.clone() if "modules_to_save" in layer._modules else value
 
 
 def _merged(layer: Any) -> nn.Module:
@@ -390,6 +395,46 @@ def _own_parameters(module: nn.Module) -> None:
         for key, parameter in part._parameters.items():
             if parameter is not None:
                 part._parameters[key] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+
+
+@torch.no_grad()
+def _refuse_half_merged(model: nn.Module, layers: dict[str, Any]) -> None:
+    """Try every adapter before the first one is merged.
+
+    Raises:
+        StateError: one cannot be merged, or it changes a tensor that has another place in the model, which would
+            change there too.
+    """
+    held = Counter(id(p) for layer in layers.values() for p in _stock_part(layer).parameters())
+    inside = {id(part) for layer in layers.values() for part in layer.modules()}
+    elsewhere = {id(p) for m in model.modules() if id(m) not in inside for p in m._parameters.values()}
+    changed: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, layer in layers.items():
+        try:
+            merged = _merged(layer)
+        except (RuntimeError, ValueError) as error:
+            raise StateError(f"merge(): the adapter of {name} cannot be merged ({error}); save() it instead") from error
+        for key, parameter in _stock_part(layer).named_parameters():
+            at, value = id(parameter), merged.get_parameter(key)
+            other = ("", parameter) if at in elsewhere else changed.get(at)
+            if other is not None and not torch.equal(value, other[1]):
+                raise StateError(
+                    f"merge(): {name}.{key} is tied to {other[0] or _place(model, parameter, inside)}, and the adapter "
+                    f"changes one of them alone; use export(folder), which writes both, or merge into an untied model"
+                )
+            if held[at] > 1:
+                changed[at] = (f"{name}.{key}", value)
+
+
+def _place(model: nn.Module, parameter: nn.Parameter, inside: set[int]) -> str:
+    """The name of a parameter outside of these modules."""
+    return next(
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if id(module) not in inside
+        for key, own in module._parameters.items()
+        if own is parameter
+    )
 
 
 def _refuse_packed(verb: str, name: str, layer: Any) -> None:
