@@ -231,7 +231,7 @@ def test_bad_fields(fields, kind, said):
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
-def test_adapters_that_begin_with_a_part_of_the_weights(start):
+def test_adapters_that_begin_with_a_part_of_the_weights(start, tmp_path):
     model = models.build("llama").eval()
     recipe = Lora(config=peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=start))
     batch = models.batch(model)
@@ -247,6 +247,12 @@ def test_adapters_that_begin_with_a_part_of_the_weights(start):
     train(model, applied.optimizer(torch.optim.SGD, lr=0.1), batch, 2)
     trained = logits(model, batch)
     assert not torch.allclose(trained, told, rtol=1e-4, atol=1e-4)
+    applied.save(tmp_path)
+    again = models.build("llama").eval()
+    state = torch.manual_seed(5).get_state()  # a later session has other random numbers
+    tightfit.load(again, tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(logits(again, batch), trained)
     torch.testing.assert_close(logits(applied.merge(), batch), trained, rtol=1e-4, atol=1e-4)
 
 

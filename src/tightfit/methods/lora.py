@@ -20,6 +20,7 @@ from tightfit.core.edits import Claim, Edit, Handle, is_planning
 from tightfit.core.errors import StateError, UnsupportedModelError, shorten
 from tightfit.core.fields import check_bool, check_float, check_int, check_selector, near
 from tightfit.core.later import Later
+from tightfit.core.new_modules import own_random
 from tightfit.core.parameter import has_sharded, is_sharded, whole
 from tightfit.core.quantised import is_quantised
 from tightfit.core.select import select
@@ -243,7 +244,8 @@ class _AdapterHandle(Handle):
         self.weights = _copies(model) if _takes_from_base(edit.config) else []
         try:
             # adapters on meta take no memory, and nothing from the random state
-            with torch.device("meta") if is_planning() else contextlib.nullcontext():
+            meta = torch.device("meta") if is_planning() else contextlib.nullcontext()
+            with meta, _repeatable(model) if self.weights else contextlib.nullcontext():
                 peft.inject_adapter_in_model(edit.config, model, adapter_name=ADAPTER, low_cpu_mem_usage=is_planning())
             cast_adapter_dtype(model, ADAPTER)
         except BaseException:
@@ -321,6 +323,16 @@ def _takes_from_base(config: Any) -> bool:
     """Whether the adapters begin with a part of the weights, which PEFT takes from these (PiSSA, OLoRA, ...)."""
     start = getattr(config, "init_lora_weights", True)
     return isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal", "eva")
+
+
+@contextlib.contextmanager
+def _repeatable(model: nn.Module) -> Iterator[None]:
+    """The same random numbers each time: what a factorisation leaves of the base must be found again when loading."""
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), own_random(0):
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(0)
+        yield
 
 
 def _copies(model: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor]]:
