@@ -238,3 +238,26 @@ def all_tensors(model):
 def fake_of(mode, tensor):
     twin = mode.from_tensor(tensor.detach())
     return torch.nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else twin
+
+
+@pytest.mark.parametrize("head", ["full", "split"])
+def test_an_adapter_on_the_head_takes_part_or_is_refused(head):
+    plain, model = models.build("llama"), models.build("llama")
+    adapters, batch = tightfit.Lora(where="lm_head"), models.batch(plain)
+    part = tightfit.PartialEmbedding(ids=models.kept_ids(model), force=True, head=head)
+    if head == "split":
+        with pytest.raises(tightfit.UnsupportedModelError, match="lm_head carries an adapter"):
+            tightfit.apply(model, tightfit.chain(adapters, part))
+        return
+    losses = []
+    for each, recipe in ((plain, adapters), (model, tightfit.chain(adapters, part))):
+        torch.manual_seed(0)
+        optimizer = tightfit.apply(each, recipe).optimizer(torch.optim.SGD, lr=1.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = each(**batch).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+    torch.testing.assert_close(losses[3:], losses[:3])
+    assert losses[5] < losses[3]

@@ -12,6 +12,7 @@ from torch import nn
 
 from tightfit.core import hfmodel
 from tightfit.core.deferred import DeferredHead, HeadRows, HeadSource, Scaling
+from tightfit.core.edit import Unchanged
 from tightfit.core.edits import Edit, Handle
 from tightfit.core.errors import UnsupportedModelError
 from tightfit.core.tight import loosen, tighten
@@ -166,7 +167,15 @@ class HeadEdit(Edit):
         return self.module
 
     def run(self, model: nn.Module) -> Handle:
-        return _HeadHandle(model, self)
+        inner = model.get_submodule(self.module)._modules
+        if "base_layer" not in inner and "original_module" not in inner:
+            return _HeadHandle(model, self)
+        if self.reduced:
+            raise UnsupportedModelError(
+                f"PartialEmbedding: {self.module} carries an adapter, which gives logits for all rows, and this head "
+                f"takes the kept ones alone; use head='full', or leave {self.module} out of the adapters"
+            )
+        return Unchanged()  # a loss from the head's weight alone would pass the adapter by
 
 
 class _HeadHandle(Handle):
