@@ -160,13 +160,18 @@ TIED = {
 }
 
 
+def trained_logits(model, applied):
+    """(batch, logits) after two steps."""
+    batch = models.batch(model)
+    train(model, applied.optimizer(lr=1e-1), batch, 2)
+    return batch, logits(model, batch)
+
+
 @pytest.mark.parametrize("kind", TIED)
 def test_a_tied_weight_that_an_adapter_changes_in_one_place_is_exported_and_not_merged(kind, tmp_path):
     model = models.build("llama-tied")
     applied = tightfit.apply(model, TIED[kind])
-    batch = models.batch(model)
-    train(model, applied.optimizer(lr=1e-1), batch, 2)
-    live = logits(model, batch)
+    batch, live = trained_logits(model, applied)
     with pytest.raises(tightfit.StateError, match=r"(lm_head|embed_tokens).weight is tied to .* use export"):
         applied.merge()
     assert torch.equal(logits(model, batch), live)
@@ -181,9 +186,7 @@ def test_tied_adapters_on_tied_weights_are_merged_once(places, tmp_path):
     config = {"peft_type": "LORA", "target_modules": ["q_proj"], "ensure_weight_tying": True, **places}
     model = models.build("llama-tied")
     applied = tightfit.apply(model, Lora(config=config))
-    batch = models.batch(model)
-    train(model, applied.optimizer(lr=1e-1), batch, 2)
-    live = logits(model, batch)
+    batch, live = trained_logits(model, applied)
     applied.export(tmp_path / "out")
     merged = logits(applied.merge(), batch)
     torch.testing.assert_close(merged, live, rtol=1e-4, atol=1e-4)
@@ -195,9 +198,7 @@ def test_a_merge_that_one_adapter_refuses_leaves_the_others():
     model = qwen2()
     config = {"peft_type": "LORA", "target_modules": ["q_proj", "o_proj"], "lora_bias": True}
     applied = tightfit.apply(model, Lora(config=config))
-    batch = models.batch(model)
-    train(model, applied.optimizer(lr=1e-1), batch, 2)
-    live = logits(model, batch)
+    batch, live = trained_logits(model, applied)
     with pytest.raises(tightfit.StateError, match=r"the adapter of .*o_proj cannot be merged .*lora_bias"):
         applied.merge()
     assert torch.equal(logits(model, batch), live)

@@ -134,12 +134,13 @@ def adaptable_linears(model: nn.Module) -> list[str]:
 
 
 def _gives_tensor(linear: Any) -> bool:
-    if type(linear).forward is nn.Linear.forward or type(linear).__module__.partition(".")[0] != "transformers":
+    ours = type(linear).__module__.partition(".")[0] == "transformers"
+    if not ours or is_conv1d(linear) or type(linear).forward is nn.Linear.forward:
         return True
     rows = torch.zeros(2, linear.weight.shape[-1], dtype=linear.weight.dtype, device=linear.weight.device)
     try:
         with torch.no_grad():
-            return is_conv1d(linear) or torch.is_tensor(linear(rows))
+            return torch.is_tensor(linear(rows))
     except (RuntimeError, TypeError):
         return False
 
@@ -211,6 +212,18 @@ def text_config(model: nn.Module) -> Any:
     """The config of the part of the model that reads text, or the only one."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def embeds_in_blocks(config: Any) -> bool:
+    """Whether every block reads an embedding of its own, made of the ids (Gemma 3n, Gemma 4)."""
+    return bool(getattr(config, "hidden_size_per_layer_input", None))
+
+
+def embeddings_with_mask(reader: Any) -> nn.Module | None:
+    """The module that makes the embeddings, where it reads the padding mask too (ESM)."""
+    made = getattr(reader, "embeddings", None)
+    reads = isinstance(made, nn.Module) and "attention_mask" in inspect.signature(made.forward).parameters
+    return made if reads else None
 
 
 def shifts_labels(model: nn.Module) -> bool:

@@ -76,6 +76,17 @@ class StackMixin:
         return out
 
 
+def first_tensor(out: Any, method: str) -> torch.Tensor:
+    """The states among what a block returns.
+
+    Raises:
+        UnsupportedModelError: it returns a dict (SqueezeBERT).
+    """
+    if isinstance(out, dict):
+        raise UnsupportedModelError(f"{method}: the blocks return a dict of {', '.join(map(str, out))}, not states")
+    return out if torch.is_tensor(out) else out[0]
+
+
 def _is_cache(value: Any) -> bool:
     return any(cls.__name__ == "Cache" for cls in type(value).__mro__)
 

@@ -127,9 +127,9 @@ def estimator_edits(
 
     def find(model: nn.Module) -> Found:
         names = {id(module): name for name, module in model.named_modules()}
-        chosen = modules.linears(lambda name: owner_of(name) in named and only(name))
-        layers = [m for m, _ in chosen(model) if trains(m)]
-        if not layers and not chosen(model):
+        found = modules.linears(lambda name: owner_of(name) in named and only(name))(model)
+        layers = [m for m, _ in found if trains(m)]
+        if not found:
             raise SelectorError(
                 f"{method}: its {len(named)} layers ({shorten(sorted(named), 3)}) have a forward of their own (as "
                 f"Falcon's), whose weight gradient cannot be estimated; put adapters on them with Lora()"

@@ -64,10 +64,7 @@ def facts_of(model: nn.Module) -> Facts:
         raise _refused(
             model, "output_router_logits is on, and its balance loss would be added for every segment; switch it off"
         )
-    made: Any = getattr(reader, "embeddings", None)
-    if getattr(config, "hidden_size_per_layer_input", None) or (
-        isinstance(made, nn.Module) and "attention_mask" in inspect.signature(made.forward).parameters
-    ):
+    if hfmodel.embeds_in_blocks(config) or hfmodel.embeddings_with_mask(reader) is not None:
         raise _refused(
             model, "it makes more of input_ids than their embeddings, and a segment is read as embeddings with memory"
         )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from tightfit.core.errors import UnsupportedModelError
 from tightfit.core.recording import noted_kinds, notes_apart
+from tightfit.core.stack import first_tensor
 
 
 def _flatten(value: Any) -> tuple[list[Any], TreeSpec]:
@@ -50,11 +50,7 @@ class Part:
         args, kwargs = tree_unflatten(leaves, self.spec)
         with notes_apart(self.notes) as noted:
             out = self.function(x, *args, **kwargs)
-        if isinstance(out, dict):
-            raise UnsupportedModelError(
-                f"Reversible: the blocks return a dict of {', '.join(map(str, out))}, not states"
-            )
-        first, rest = (out, None) if torch.is_tensor(out) else (out[0], tuple(out[1:]))
+        first, rest = first_tensor(out, "Reversible"), None if torch.is_tensor(out) else tuple(out[1:])
         return first, None if rest is None and not any(noted.values()) else (rest, noted)
 
 

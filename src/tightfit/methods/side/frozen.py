@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.core import hfmodel
-from tightfit.core.calls import evaluating
+from tightfit.core.calls import argument_names, evaluating, named_call
 from tightfit.core.edits import CallEdit, ChildEdit, Claim, Edit, ModuleEdit, StackEdit, StackRunner, TrainableEdit
 from tightfit.core.errors import ConflictError, StateError, UnsupportedModelError, shorten
 from tightfit.core.tight import state_of
@@ -33,9 +32,9 @@ def side_edit(place: Place, method: str, make: Callable[[nn.Module], nn.Module],
 def frozen_edits(model: nn.Module, method: str, *, dropout: bool, cache: Any = None) -> Iterator[Edit]:
     """Freeze the backbone, and let it run as in evaluation mode while the rest trains."""
     yield TrainableEdit(parameters=tuple(hfmodel.body_parameters(model)), trainable=False)
-    yield ModuleEdit(
+    yield CallEdit(
         slot=Slot.BLOCKS,
-        module=hfmodel.runner(model)[0],
+        where="backbone",
         mixin=FrozenBackbone,
         state=lambda module: {"method": method, "dropout": dropout, "cache": cache},
         note="frozen" if dropout else "frozen, without dropout",
@@ -83,7 +82,8 @@ class FrozenBackbone:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         if torch.is_grad_enabled():
             _refuse_trained(self, own["method"])
-            args, kwargs = _named_cache(self, args, kwargs)
+            if {"past_key_values", "use_cache"}.intersection(argument_names(self)[: len(args)]):  # type: ignore[arg-type]
+                args, kwargs = (), named_call(self, args, kwargs)  # by place (CPM-Ant)
             kwargs = _without_cache(self, kwargs, own["method"])
         with contextlib.ExitStack() as stack:
             if not own["dropout"]:
@@ -117,14 +117,6 @@ def _refuse_trained(backbone: Any, method: str) -> None:
         )
 
 
-def _named_cache(backbone: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The call with all its arguments by name where those about the cache came by place (CPM-Ant)."""
-    names = list(inspect.signature(type(backbone).forward).parameters)[1 : len(args) + 1]
-    if not {"past_key_values", "use_cache"}.intersection(names):
-        return args, kwargs
-    return (), {**dict(zip(names, args)), **kwargs}
-
-
 def _without_cache(backbone: Any, kwargs: dict[str, Any], method: str) -> dict[str, Any]:
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length():
@@ -137,20 +129,9 @@ def _without_cache(backbone: Any, kwargs: dict[str, Any], method: str) -> dict[s
     plain = dict(kwargs)
     if cache is not None:
         plain["past_key_values"] = None
-    if "use_cache" in inspect.signature(type(backbone).forward).parameters or "use_cache" in kwargs:
+    if "use_cache" in argument_names(backbone) or "use_cache" in kwargs:
         plain["use_cache"] = False
     return plain
-
-
-def first_tensor(out: Any) -> Tensor:
-    """The states among what a block returns.
-
-    Raises:
-        UnsupportedModelError: it returns a dict (SqueezeBERT).
-    """
-    if isinstance(out, dict):
-        raise UnsupportedModelError(f"the blocks return a dict of {', '.join(map(str, out))}, not states")
-    return out if torch.is_tensor(out) else out[0]
 
 
 def with_first(out: Any, states: Tensor) -> Any:

@@ -15,10 +15,10 @@ from tightfit.core import hfmodel
 from tightfit.core.edits import Edit, Part, StackRunner
 from tightfit.core.fields import check_bool, check_int
 from tightfit.core.new_modules import fresh
+from tightfit.core.stack import first_tensor
 from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.side.frozen import (
     FrozenStackEdit,
-    first_tensor,
     frozen_edits,
     inside,
     side_edit,
@@ -240,7 +240,7 @@ class LosaRunner(StackRunner):
     def block(self, tape: list, index: int, last: bool, forward, hidden, args: tuple, kwargs: dict) -> Any:
         with torch.no_grad():
             out = forward(hidden, *args, **kwargs)
-        states = first_tensor(out)
+        states = first_tensor(out, METHOD)
         if index in self.net.kept:
             tape[0] = self.net.mixed(index, tape[0], states)
         if not last:

@@ -13,9 +13,9 @@ from torch import Tensor
 from tightfit.core.edits import StackRunner
 from tightfit.core.errors import StateError, TightfitError, UnsupportedModelError
 from tightfit.core.recording import notes_apart
-from tightfit.core.stack import block_of
+from tightfit.core.stack import block_of, first_tensor
 from tightfit.methods.side.cache import FeatureCache, Lookup
-from tightfit.methods.side.frozen import Link, Split, first_tensor, plain_call, with_first
+from tightfit.methods.side.frozen import Link, Split, plain_call, with_first
 from tightfit.methods.side.net import SideNet
 
 METHOD = "LadderSide"
@@ -62,7 +62,7 @@ class LadderRunner(StackRunner):
             for cache in _caches((*args, *kwargs.values())):
                 extend(cache, len(side.gates), side.rungs)
         out = hidden if tape.features is not None else self._run(tape, forward, hidden, args, kwargs)
-        states = first_tensor(out)
+        states = first_tensor(out, METHOD)
         if index in side.rungs:
             state = side.gated(tape.state, self._tapped(tape, states, index), index)
             block = side.block(index)
@@ -71,7 +71,7 @@ class LadderRunner(StackRunner):
             beside = {key: self._ours(tape, value) for key, value in kwargs.items()}
             with notes_apart(), contextlib.nullcontext() if self.ran else self._refusing(block):
                 made = block(state, *given, **beside)
-            tape.state, tape.ours = first_tensor(made), () if torch.is_tensor(made) else tuple(made[1:])
+            tape.state, tape.ours = first_tensor(made, METHOD), () if torch.is_tensor(made) else tuple(made[1:])
         tape.theirs = () if torch.is_tensor(out) else tuple(out[1:])
         if last:
             if tape.features is not None:

@@ -17,13 +17,13 @@ from tightfit.core.edits import Edit, ModuleEdit, Part, StackRunner
 from tightfit.core.errors import UnsupportedModelError
 from tightfit.core.fields import check_bool, check_float, check_int
 from tightfit.core.new_modules import fresh
+from tightfit.core.stack import first_tensor
 from tightfit.core.tight import state_of
 from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.side.frozen import (
     FrozenStackEdit,
     Link,
     Split,
-    first_tensor,
     frozen_edits,
     inside,
     link_edits,
@@ -283,7 +283,7 @@ class SherlRunner(StackRunner):
             return forward(hidden, *plain, **named)
         with torch.no_grad():
             out = forward(hidden, *plain, **named)
-        states = first_tensor(out)
+        states = first_tensor(out, METHOD)
         if index in self.net.taps:
             tape.found.append(self.net.tapped(index, states))
         if index < self.late - 1:

@@ -146,9 +146,9 @@ def _refuse_structure(model: nn.Module, runner: nn.Module, config: Any, blocks: 
         )
     if getattr(config, "alibi", False) is True or any(_takes(m, "alibi") for m in whole):
         raise _refused(model, "its attention adds ALiBi, a bias by distance that the selected rows would not have")
-    if getattr(config, "hidden_size_per_layer_input", None):
+    if hfmodel.embeds_in_blocks(config):
         raise _refused(model, "every block of it reads an embedding of its own, which the selected rows would not have")
-    if isinstance(made := getattr(runner, "embeddings", None), nn.Module) and _takes(made, "attention_mask"):
+    if (made := hfmodel.embeddings_with_mask(runner)) is not None:
         raise _refused(model, f"its {type(made).__name__} look at the padding of whole rows, so no tokens stand apart")
     if any("relative_attention_bias" in n for n, _ in inside):
         raise _refused(
