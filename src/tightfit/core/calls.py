@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tightfit.core.errors import TightfitError, UnsupportedModelError
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
@@ -43,6 +45,26 @@ def pooled_place(ids: Tensor, padding: int) -> Tensor:
     """
     places = torch.arange(ids.shape[1], device=ids.device)
     return (places * ids.ne(padding)).argmax(1, keepdim=True)
+
+
+@contextlib.contextmanager
+def refusing(says: Callable[[str], str], *more: type[Exception]) -> Iterator[None]:
+    """What a model's own code raises here is a refusal of the model; a lack of memory is none.
+
+    Args:
+        says: from the error, as words, to the message.
+        more: kinds of errors beside RuntimeError, TypeError and ValueError.
+
+    Raises:
+        UnsupportedModelError: in place of such an error.
+    """
+    kinds: tuple[type[Exception], ...] = (RuntimeError, TypeError, ValueError, *more)
+    try:
+        yield
+    except (TightfitError, torch.OutOfMemoryError):
+        raise
+    except kinds as error:
+        raise UnsupportedModelError(says(f"{type(error).__name__}: {error}")) from error
 
 
 @contextlib.contextmanager

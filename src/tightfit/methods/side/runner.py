@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tightfit.core.calls import refusing
 from tightfit.core.edits import StackRunner
-from tightfit.core.errors import StateError, TightfitError, UnsupportedModelError
+from tightfit.core.errors import StateError, UnsupportedModelError
 from tightfit.core.recording import notes_apart
 from tightfit.core.stack import block_of, first_tensor
 from tightfit.methods.side.cache import FeatureCache, Lookup
@@ -86,19 +87,15 @@ class LadderRunner(StackRunner):
             return with_first(out, side.merged(tape.state, states))
         return out
 
-    @contextlib.contextmanager
-    def _refusing(self, block: Any) -> Iterator[None]:
+    def _refusing(self, block: Any) -> contextlib.AbstractContextManager[None]:
         """What a side block raises when it first runs says that such a block cannot be a side block."""
-        try:
-            yield
-        except (TightfitError, torch.OutOfMemoryError):
-            raise
-        except (RuntimeError, TypeError, ValueError) as error:
-            share = self.side.width // self.side.side_width
-            raise UnsupportedModelError(
+        share = self.side.width // self.side.side_width
+        return refusing(
+            lambda error: (
                 f"{METHOD}(reduction={share}): a {type(block).__name__} of 1/{share} of the widths does not run on "
-                f"what the model's own is called with ({type(error).__name__}: {error}); use Sherl or Losa"
-            ) from error
+                f"what the model's own is called with ({error}); use Sherl or Losa"
+            )
+        )
 
     def _run(self, tape: Tape, forward, hidden: Tensor, args: tuple, kwargs: dict) -> Any:
         plain, named = plain_call(tape.split, args, kwargs)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from tightfit.core import hfmodel
-from tightfit.core.calls import evaluating, hidden_states, mismatch, random_images
+from tightfit.core.calls import evaluating, hidden_states, mismatch, random_images, refusing
 from tightfit.core.edits import Claim, Edit, Handle, ModuleEdit
-from tightfit.core.errors import TightfitError, UnsupportedModelError
+from tightfit.core.errors import UnsupportedModelError
 from tightfit.core.tight import state_of
 from tightfit.core.transform import Slot
 from tightfit.methods.token_tune.calls import TunedRunner
@@ -78,22 +76,9 @@ def check(model: nn.Module, tuner: Tuner) -> None:
         UnsupportedModelError: the model cannot be run so, or the selected tokens' hidden states differ from the stock
             model's.
     """
-    with _refusing(model):
+    trial = f"TokenTune: {type(model).__name__} is not supported: a trial with made-up inputs, selected tokens apart,"
+    with refusing(lambda error: f"{trial} ended in {error}", AttributeError, LookupError):
         _check(model, tuner)
-
-
-@contextlib.contextmanager
-def _refusing(model: nn.Module) -> Iterator[None]:
-    """Whatever the model's own code raises in a trial says that the model is not supported."""
-    try:
-        yield
-    except (TightfitError, torch.OutOfMemoryError):
-        raise
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        raise UnsupportedModelError(
-            f"TokenTune: {type(model).__name__} is not supported: a trial with made-up inputs, selected tokens apart, "
-            f"ended in {type(error).__name__}: {error}"
-        ) from error
 
 
 def _check(model: nn.Module, tuner: Tuner) -> None:
