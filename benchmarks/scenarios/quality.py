@@ -68,6 +68,35 @@ TASKS: dict[str, dict[str, Any]] = {
         "metric": "accuracy",
         "epochs": 2,
     },
+    "CoLA, 4 epochs": {
+        # its seeds differ less once the task is learnt
+        "data": {
+            "train": "cola/train.tsv.gz",
+            "eval": "cola/dev.tsv",
+            "columns": ["source", "label", "note", "sentence"],
+            "text": ["sentence"],
+            "label": "label",
+        },
+        "metric": "matthews",
+        "epochs": 4,
+    },
+    "QNLI": {
+        # the training part is not there: most of the validation part, against the rest of it
+        "data": {
+            "train": "qnli/dev.tsv.gz",
+            "eval_fraction": 0.2677,
+            "text": ["question", "sentence"],
+            "label": "label",
+        },
+        "metric": "accuracy",
+        "epochs": 1,
+    },
+    "WNUT-17": {
+        "task": "token-classification",
+        "data": {"train": "wnut17/train.conll.gz", "eval": "wnut17/dev.conll"},
+        "metric": "f1",
+        "epochs": 3,
+    },
 }
 COMMON = {
     "batch_size": 32,
@@ -122,7 +151,7 @@ GROUPS: dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]] = {
         "Losa": (SIDE, [{"Losa": {}}]),
     },
 }
-ONLY = {"Banking77": ("baselines", "tokens")}
+ONLY = {"Banking77": ("baselines", "tokens"), "CoLA, 4 epochs": ("baselines", "activations")}
 """Tasks that not every group is for."""
 MAIN = (
     *("stock", "Lora", "FusedOps", "FusedOps + Mesa", "WtaCrs", "Lora + Velora", "TokenTune 16"),
@@ -182,7 +211,8 @@ def trained(row: dict[str, Any]) -> dict[str, Any]:
     from tightfit.train.run import prepare, train
 
     with tempfile.TemporaryDirectory() as folder:
-        file = recipe_file(row["data"], row["methods"], row["train"], Path(folder) / "run")
+        task = TASKS[row["task"]].get("task", "sequence-classification")
+        file = recipe_file(row["data"], row["methods"], row["train"], Path(folder) / "run", task=task)
         result = train(file, prepared=prepare(file))
     value = result.metrics[row["metric"]]
     print({**{key: row[key] for key in ("task", "recipe", "seed")}, "value": value}, flush=True)
