@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 IGNORED = -100
+_PREFIXES = ("B", "I", "E", "L", "S", "U")  # of BIO, BIOES and BILOU tags
 
 
 def is_score(key: str) -> bool:
@@ -65,7 +66,8 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 def spans(tags: Sequence[str]) -> set[tuple[int, int, str]]:
     """Entities of a BIO (IOB1, IOB2, BIOES) tag sequence as (start, end, type), end exclusive.
 
-    As the CoNLL scorer does, an `I-` tag after `O` or after another type opens an entity too.
+    As the CoNLL scorer does, an `I-` tag after `O` or after another type opens an entity too. A tag without such
+    a prefix is a type: parts of speech are read as if each had `I-` before it.
 
     >>> sorted(spans(["B-PER", "I-PER", "O", "I-LOC", "B-LOC"]))
     [(0, 2, 'PER'), (3, 4, 'LOC'), (4, 5, 'LOC')]
@@ -75,6 +77,8 @@ def spans(tags: Sequence[str]) -> set[tuple[int, int, str]]:
     for position, tag in enumerate([*tags, "O"]):
         prefix, _, name = tag.partition("-")
         outside = prefix == "O"
+        if prefix not in _PREFIXES:
+            prefix, name = "I", tag
         if kind is not None and (outside or prefix in ("B", "S", "U") or name != kind or closed):
             found.add((start, position, kind))
             kind = None
