@@ -103,6 +103,14 @@ def test_typed_labels(tmp_path, values, names):
     assert data.label_names == names
 
 
+@pytest.mark.parametrize("label", ["NaN", "Infinity"])
+def test_a_label_that_is_no_finite_number_is_no_class(tmp_path, label):
+    rows = (f'{{"text": "film", "label": {value}}}' for value in ('"x"', '"y"', label))
+    path = write(tmp_path / "a.jsonl", "\n".join(rows))
+    message = refused(recipe(train=path, eval=path, text="text", label="label"))
+    assert "a.jsonl, line 3, column 'label'" in message and "accepted is a text or a number" in message
+
+
 def test_decimal_labels_mean_regression(tmp_path):
     path = tsv(tmp_path / "a.tsv", "good\t4.5", "bad\t0.0", "fine\t3.75")
     data = load_data(recipe(train=path, eval=path, text="text", label="label"), wordpiece())

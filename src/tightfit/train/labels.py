@@ -90,7 +90,7 @@ def class_name(value: Any, rows: Rows, row: int, column: str) -> str:
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not isinstance(value, str | int | float):
+    if not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
         raise DataError(f"{rows.place(row, column)}: got {value!r}, accepted is a text or a number as label")
     name = str(value).strip()
     if not is_text(name):
