@@ -325,6 +325,16 @@ def test_saved_folders_keep_their_class_order(tmp_path):
     assert "unlabelled split" in refused(recipe(train=str(tmp_path / "test"), text="text", label="label"))
 
 
+def test_spaces_around_declared_class_names_do_not_count(tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["pos ", " neg"])})
+    Dataset.from_dict({"text": ["good", "bad"], "label": [0, 1]}, features=features).save_to_disk(tmp_path / "saved")
+    saved = str(tmp_path / "saved")
+    data = load_data(recipe(train=saved, eval=saved, text="text", label="label"), wordpiece())
+    assert data.label_names == ("pos", "neg") and data.train["labels"][:] == [0, 1]
+
+
 def test_a_folder_of_files(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "files"

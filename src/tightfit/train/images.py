@@ -212,7 +212,7 @@ def _read_npz(path: Path, name: str, split: str) -> tuple[np.ndarray, np.ndarray
             if prefix is None:
                 wanted = " or ".join(f"{p}images with {p}labels" for p in _SPLITS[split])
                 raise DataError(f"{name}: no {wanted}; its arrays are {', '.join(arrays.files)}")
-            names = tuple(str(n) for n in arrays["class_names"]) if "class_names" in arrays else None
+            names = tuple(str(n).strip() for n in arrays["class_names"]) if "class_names" in arrays else None
             return arrays[f"{prefix}images"], arrays[f"{prefix}labels"], names
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         if isinstance(error, DataError):

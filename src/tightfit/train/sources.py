@@ -162,7 +162,7 @@ def _dataset_rows(found: Dataset, name: str) -> Rows:
         values = found[column][:]
         inner = feature.feature if isinstance(feature, List | Sequence) else feature
         if isinstance(inner, ClassLabel):
-            names = tuple(inner.names)
+            names = tuple(name.strip() for name in inner.names)
             classes[column] = names
             values = [
                 _named(value, names, f"{name}, row {row}, column {column!r}") for row, value in enumerate(values, 1)
