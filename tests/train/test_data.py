@@ -404,9 +404,8 @@ def test_images_from_idx(tmp_path):
     assert "no labels beside it, looked for t-labels-idx1-ubyte" in refused(file, ImageProcessor(4, 4))
 
 
-def squad(path, answer="fox", start=16):
-    context = "the quick brown fox over the lazy dog"
-    item = {"id": "q1", "question": "good film", "answers": [{"text": answer, "answer_start": start}]}
+def squad(path, answer="fox", start=16, context="the quick brown fox over the lazy dog", question="good film"):
+    item = {"id": "q1", "question": question, "answers": [{"text": answer, "answer_start": start}]}
     paragraphs = [{"context": context, "qas": [item]}]
     return write(path, json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}]}))
 
@@ -423,3 +422,12 @@ def test_questions_are_windowed_and_answers_found(tmp_path):
     assert "the answer 'fox' is not at character 3" in refused(
         recipe("question-answering", train=squad(tmp_path / "b.json", start=3), eval=path)
     )
+
+
+@pytest.mark.parametrize("answer", ["fo\u0307x\u0307", "\u200bfox "])
+def test_an_answer_may_end_in_characters_without_a_token(tmp_path, answer):
+    path = squad(tmp_path / "a.json", answer, 10, f"the quick {answer}over the lazy dog")
+    tokenizer = wordpiece()
+    data = load_data(recipe("question-answering", train=path, eval=path), tokenizer)
+    row = data.train[0]
+    assert tokenizer.decode(row["input_ids"][row["start_positions"] : row["end_positions"] + 1]) == "fox"

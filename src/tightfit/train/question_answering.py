@@ -148,27 +148,32 @@ def _encode(tokenizer: Any, rows: list[Question], batch: range, length: int, win
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )
-    firsts, lasts = [], []
+    before = len(windows)
     for row, position in enumerate(encoded["overflow_to_sample_mapping"]):
-        question = rows[batch[position]]
         in_context = encoded.sequence_ids(row)
         offsets = [tuple(o) if s == 1 else None for o, s in zip(encoded["offset_mapping"][row], in_context)]
-        first, last = _span(question, offsets)
-        firsts.append(first)
-        lasts.append(last)
         windows.append((batch[position], offsets))
+    answers: dict[int, set] = {}
+    for index, offsets in windows[before:]:
+        answers.setdefault(index, set()).update(offsets[i] for i in _inside(rows[index], offsets))
+    spans = [_span(rows[index], offsets, answers[index]) for index, offsets in windows[before:]]
     kept = {k: v for k, v in encoded.items() if k not in ("overflow_to_sample_mapping", "offset_mapping")}
-    return {**kept, "start_positions": firsts, "end_positions": lasts}
+    return {**kept, "start_positions": [s for s, _ in spans], "end_positions": [e for _, e in spans]}
 
 
-def _span(question: Question, offsets: list) -> tuple[int, int]:
+def _span(question: Question, offsets: list, answer: set) -> tuple[int, int]:
+    """First and last token of the answer in a window; (0, 0) where it lacks one of the answer's tokens."""
+    inside = _inside(question, offsets)
+    return (inside[0], inside[-1]) if inside and {offsets[i] for i in inside} == answer else (0, 0)
+
+
+def _inside(question: Question, offsets: list) -> list[int]:
+    """The answer's tokens in a window; its ends may have none, as accents that a tokenizer drops."""
     if not question.answers:
-        return 0, 0
+        return []
     begin = question.starts[0]
     end = begin + len(question.answers[0])
-    inside = [i for i, o in enumerate(offsets) if o is not None and o[0] < end and o[1] > begin]
-    whole = inside and offsets[inside[0]][0] <= begin and offsets[inside[-1]][1] >= end
-    return (inside[0], inside[-1]) if whole else (0, 0)
+    return [i for i, o in enumerate(offsets) if o is not None and o[0] < end and o[1] > begin]
 
 
 def _questions(file: RecipeFile) -> tuple[list[Question], list[Question], list[str]]:
