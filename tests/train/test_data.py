@@ -431,3 +431,14 @@ def test_an_answer_may_end_in_characters_without_a_token(tmp_path, answer):
     data = load_data(recipe("question-answering", train=path, eval=path), tokenizer)
     row = data.train[0]
     assert tokenizer.decode(row["input_ids"][row["start_positions"] : row["end_positions"] + 1]) == "fox"
+
+
+def test_answers_keep_their_places_beside_padding(tmp_path):
+    path = squad(tmp_path / "a.json")
+    tokenizer = wordpiece()
+    tokenizer.padding_side = "left"
+    data = load_data(recipe("question-answering", {"max_length": 12}, train=path, eval=path), tokenizer)
+    batch = data.collator([data.train[i] for i in range(len(data.train))])
+    for row, ids in enumerate(batch["input_ids"]):
+        assert ids[batch["start_positions"][row]] == data.train[row]["input_ids"][data.train[row]["start_positions"]]
+    assert int(batch["attention_mask"].min()) == 0 and tokenizer.padding_side == "left"

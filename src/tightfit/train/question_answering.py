@@ -6,6 +6,7 @@ punctuation and English articles, the best over the given answers; for languages
 
 from __future__ import annotations
 
+import copy
 import re
 import string
 import zlib
@@ -55,6 +56,8 @@ def load_questions(file: RecipeFile, tokenizer: Any) -> TaskData:
     from tightfit.train.data import TaskData
 
     check_fast(tokenizer, file.task)
+    right = copy.copy(tokenizer)  # answers are positions from the left, whatever side the tokenizer pads
+    right.padding_side = "right"
     train, held_out, notes = _questions(file)
     questions = {"train": train, "eval": held_out}
     mark = fingerprint(file.task, train, held_out)
@@ -74,7 +77,7 @@ def load_questions(file: RecipeFile, tokenizer: Any) -> TaskData:
         task=file.task,
         train=sets["train"],
         eval=sets["eval"],
-        collator=DataCollatorWithPadding(tokenizer),
+        collator=DataCollatorWithPadding(right),
         fingerprint=mark,
         train_texts=[(q.question, q.context) for q in train],
         eval_texts=[(q.question, q.context) for q in held_out],
