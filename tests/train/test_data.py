@@ -11,7 +11,7 @@ from tiny_models import bytes_bpe, wordpiece
 from tightfit.core.errors import DataError, RecipeError
 from tightfit.train.data import load_data, longest_batch
 from tightfit.train.images import ImageProcessor
-from tightfit.train.recipe_file import RecipeFile
+from tightfit.train.recipe_file import RecipeFile, TrainSection
 from tightfit.train.rows import Rows
 from tightfit.train.sources import split_off, split_tail
 
@@ -442,3 +442,12 @@ def test_answers_keep_their_places_beside_padding(tmp_path):
     for row, ids in enumerate(batch["input_ids"]):
         assert ids[batch["start_positions"][row]] == data.train[row]["input_ids"][data.train[row]["start_positions"]]
     assert int(batch["attention_mask"].min()) == 0 and tokenizer.padding_side == "left"
+
+
+@pytest.mark.parametrize("words", [14, 20, 30])
+def test_a_question_must_leave_room_for_its_context(tmp_path, words):
+    path = squad(tmp_path / "a.json", question=" ".join(["film"] * words), context="the quick brown fox " * 5)
+    file = recipe("question-answering", {"max_length": 20}, train=path, eval=path)
+    message = refused(file)
+    assert f"question 'q1' has {words} tokens" in message and "train.max_length 20" in message
+    assert len(load_data(file.model_copy(update={"train": TrainSection(max_length=60)}), wordpiece()).train) == 1

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 BEST_ENDS = 20
 LONGEST_ANSWER_TOKENS = 30
+_OVERLAP = 4  # windows share a quarter of their length
 
 
 class Question(NamedTuple):
@@ -142,12 +143,13 @@ def score(answer: str, accepted: tuple[str, ...]) -> tuple[float, float]:
 
 
 def _encode(tokenizer: Any, rows: list[Question], batch: range, length: int, windows: list) -> dict[str, list]:
+    _check_room(tokenizer, [rows[i] for i in batch], length)
     encoded = tokenizer(
         [rows[i].question.strip() for i in batch],
         [rows[i].context for i in batch],
         truncation="only_second",
         max_length=length,
-        stride=length // 4,
+        stride=length // _OVERLAP,
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )
@@ -162,6 +164,21 @@ def _encode(tokenizer: Any, rows: list[Question], batch: range, length: int, win
     spans = [_span(rows[index], offsets, answers[index]) for index, offsets in windows[before:]]
     kept = {k: v for k, v in encoded.items() if k not in ("overflow_to_sample_mapping", "offset_mapping")}
     return {**kept, "start_positions": [s for s, _ in spans], "end_positions": [e for _, e in spans]}
+
+
+def _check_room(tokenizer: Any, questions: list[Question], length: int) -> None:
+    """Raise DataError for a question that leaves no room for windows over its context."""
+    room = length - tokenizer.num_special_tokens_to_add(pair=True)
+    asked = tokenizer([q.question.strip() for q in questions], add_special_tokens=False, verbose=False)["input_ids"]
+    for question, ids in zip(questions, asked):
+        if room - len(ids) > length // _OVERLAP:
+            continue
+        context = tokenizer(question.context, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) + len(context) > room:
+            raise DataError(
+                f"question {question.key!r} has {len(ids)} tokens, which leaves {max(0, room - len(ids))} of "
+                f"train.max_length {length} for its context, needed are more than {length // _OVERLAP}"
+            )
 
 
 def _span(question: Question, offsets: list, answer: set) -> tuple[int, int]:
