@@ -78,6 +78,18 @@ def test_longer_rows_are_cut_and_counted(sentiment):
     )
 
 
+def test_a_length_that_special_tokens_fill_is_refused(sentiment, tmp_path):
+    message = refused(recipe(settings={"max_length": 2}, **sentiment), kind=RecipeError)
+    assert "train.max_length: got 2, accepted is more than the 2 tokens" in message
+    path = tsv(tmp_path / "p.tsv", "good\tfilm\t0", "bad\tplot\t1", head="a\tb\ty")
+    pairs = recipe(settings={"max_length": 3}, train=path, eval=path, text=["a", "b"], label="y")
+    assert "than the 3 tokens" in refused(pairs, kind=RecipeError)
+    words = recipe("token-classification", {"max_length": 1}, train="unread.conll")
+    assert "train.max_length: got 1" in refused(words, kind=RecipeError)
+    texts = recipe("seq2seq-lm", {"max_target_length": 1}, train=path, eval=path, text="a", target="b")
+    assert "train.max_target_length: got 1" in refused(texts, kind=RecipeError)
+
+
 @pytest.mark.parametrize(
     ("labels", "names"),
     [

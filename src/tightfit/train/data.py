@@ -10,6 +10,7 @@ from tightfit.core.errors import DataError
 from tightfit.train.encode import (
     build_dataset,
     check_fast,
+    check_length,
     encode_texts,
     fingerprint,
     required_column,
@@ -100,6 +101,7 @@ def load_sequences(file: RecipeFile, tokenizer: Any) -> TaskData:
     train, held_out, notes = read_sources(file.data)
     demo = file.data.train == DEMO
     fields = file.data.text or (["text"] if demo else required_column(file, "text", train))
+    check_length(tokenizer, file.train.max_length, pair=len(fields) > 1)
     label = file.data.label or ("package" if demo else required_column(file, "label", train))
     columns = [train.column(label)] + ([held_out.column(label)] if held_out else [])
     regression = file.data.regression
@@ -150,6 +152,7 @@ def load_tokens(file: RecipeFile, tokenizer: Any) -> TaskData:
     from transformers import DataCollatorForTokenClassification
 
     check_fast(tokenizer, file.task)
+    check_length(tokenizer, file.train.max_length)
     train, held_out, notes = read_sources(file.data)
     conll = set(train.columns) == {"tokens", "tags"}
     tokens_column = (file.data.text or (["tokens"] if conll else required_column(file, "text", train)))[0]

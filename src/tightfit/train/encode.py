@@ -83,6 +83,13 @@ def token_lists(rows: Rows, column: str) -> list[list[str]]:
     return [list(value) for value in values]
 
 
+def check_length(tokenizer: Any, length: int, *, pair: bool = False, key: str = "max_length") -> None:
+    """Raise RecipeError for a length that the tokenizer's own tokens fill; it would cut nothing below that."""
+    added = tokenizer.num_special_tokens_to_add(pair=pair)
+    if length <= added:
+        raise RecipeError(f"train.{key}: got {length}, accepted is more than the {added} tokens added to each row")
+
+
 def truncation_note(split: str, cut: int, count: int, max_length: int) -> list[str]:
     """What to tell the user about cut rows; nothing when none was cut."""
     if not cut:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tightfit.core.errors import DataError, RecipeError
-from tightfit.train.encode import build_dataset, encode_texts, fingerprint, required_column, truncation_note
+from tightfit.train.encode import build_dataset, check_length, encode_texts, fingerprint, required_column, truncation_note
 from tightfit.train.sources import read_sources, split_off, split_tail
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ def load_seq2seq(file: RecipeFile, tokenizer: Any) -> TaskData:
         notes.append(note)
     length = file.train.max_length
     target_length = file.train.max_target_length or length
+    check_length(tokenizer, length)
+    check_length(tokenizer, target_length, key="max_target_length" if file.train.max_target_length else "max_length")
     texts, targets, sets = {}, {}, {}
     for split, rows in (("train", train), ("eval", held_out)):
         texts[split], targets[split] = _texts(rows, fields), rows.texts(target)
