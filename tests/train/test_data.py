@@ -289,6 +289,19 @@ def test_rows_end_and_packed_rows_are_joined(tmp_path):
     assert list(itertools.chain(*packed)) == list(itertools.chain(*rows))
 
 
+def test_running_text_and_documents_beside_each_other(tmp_path):
+    running = write(tmp_path / "a.txt", "good film\nbad\n")
+    rows = write(tmp_path / "a.jsonl", '{"text": "good film"}\n{"text": "bad"}\n')
+    tokenizer = bytes_bpe(eos_token="<end>", pad_token="<pad>")
+    for train, held_out in ((running, rows), (rows, running)):
+        file = recipe("causal-lm", {"max_length": 64}, train=train, eval=held_out, text="text", packed=True)
+        data = load_data(file, tokenizer)
+        read = {
+            path: tokenizer.decode(part[0]["input_ids"]) for path, part in ((train, data.train), (held_out, data.eval))
+        }
+        assert read == {running: "good film\nbad\n", rows: "good film<end>bad<end>"}
+
+
 def test_loss_is_on_the_target_only(tmp_path):
     path = write(tmp_path / "a.jsonl", json.dumps({"q": "the quick brown fox", "a": "good"}))
     tokenizer = bytes_bpe(eos_token="<end>", pad_token="<pad>")

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tightfit.core.errors import DataError, RecipeError
-from tightfit.train.encode import build_dataset, check_length, encode_texts, fingerprint, required_column, truncation_note
+from tightfit.train.encode import (
+    build_dataset,
+    check_length,
+    encode_texts,
+    fingerprint,
+    required_column,
+    truncation_note,
+)
 from tightfit.train.sources import read_sources, split_off, split_tail
 
 if TYPE_CHECKING:
@@ -50,12 +57,11 @@ def load_causal(file: RecipeFile, tokenizer: Any) -> TaskData:
     mark = fingerprint(file.task, texts["train"], targets["train"], texts["eval"], targets["eval"])
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     length = file.train.max_length
-    for split in ("train", "eval"):
+    for split, rows in (("train", train), ("eval", held_out)):
         if packed:
-            blocks = list(_blocks(tokenizer, _documents(texts[split], running), end, length))
+            blocks = list(_blocks(tokenizer, _documents(texts[split], rows.running), end, length))
             if not blocks:
-                name = (train if split == "train" else held_out).source
-                raise DataError(f"{name}: the model's tokenizer makes no token of the {split} text")
+                raise DataError(f"{rows.source}: the model's tokenizer makes no token of the {split} text")
             if len(blocks[-1]) == 1 and len(blocks) > 1:
                 blocks.pop()
                 notes.append(f"the very last token of the {split} text stands alone and predicts nothing; left out")
