@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import bert, gpt2, t5, vit
+from transformers import GPT2Config
 
 from tightfit.core.errors import RecipeError
 from tightfit.train import metrics
@@ -210,6 +211,21 @@ def test_a_decoder_without_pad_token_classifies(tmp_path, labelled):
     model = build_model(file, data)
     assert tokenizer.pad_token == "<end>" and model.config.pad_token_id == tokenizer.pad_token_id
     assert torch.isfinite(model(**data.collator([data.train[i] for i in range(6)])).loss)
+
+
+def test_padding_is_the_tokenizers_whatever_the_config_says(tmp_path, labelled):
+    folder = gpt2(tmp_path / "gpt2")
+    config = GPT2Config.from_pretrained(folder)
+    config.pad_token_id = 5
+    config.save_pretrained(folder)
+    file = recipe(folder, "sequence-classification", **labelled)
+    data = load_data(file, build_tokenizer(file))
+    model = build_model(file, data).eval()
+    rows = [data.train[i] for i in range(6)]
+    together = model(**data.collator(rows)).logits
+    assert len({len(row["input_ids"]) for row in rows}) > 1
+    for row, logits in zip(rows, together):
+        assert torch.allclose(model(**data.collator([row])).logits[0], logits, atol=1e-5)
 
 
 def test_tags(tmp_path):

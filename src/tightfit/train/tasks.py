@@ -121,9 +121,8 @@ def build_model(file: RecipeFile, data: TaskData) -> PreTrainedModel:
         load = functools.partial(auto.from_pretrained, path, output_loading_info=True, **options)
         model, loading = _loaded(file, "model", load)
     _check_weights(file, model, loading)
-    config = model.config.get_text_config()
-    if getattr(config, "pad_token_id", None) is None and hasattr(data.collator, "tokenizer"):
-        config.pad_token_id = data.collator.tokenizer.pad_token_id
+    if hasattr(data.collator, "tokenizer"):  # classifiers find the last token of a row by it
+        model.config.get_text_config().pad_token_id = data.collator.tokenizer.pad_token_id
     _check_positions(file, model)
     return model
 
