@@ -106,6 +106,7 @@ def test_correlations_by_hand_and_against_scipy():
     assert metrics.pearson(x, y) == pytest.approx(scipy.stats.pearsonr(x, y)[0])
     assert metrics.spearman(x, y) == pytest.approx(scipy.stats.spearmanr(x, y)[0])
     assert metrics.pearson(np.ones(3), a) == 0.0
+    assert metrics.pearson(np.full(3, 0.7), np.full(3, 0.1)) == 0.0
 
 
 @pytest.mark.parametrize(

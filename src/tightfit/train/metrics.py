@@ -47,6 +47,8 @@ def matthews(predicted: np.ndarray, wanted: np.ndarray, classes: int) -> float:
 
 def pearson(a: np.ndarray, b: np.ndarray) -> float:
     """Linear correlation; 0 when one side is constant."""
+    if not np.ptp(a) or not np.ptp(b):  # the mean of equal numbers may differ from them by rounding
+        return 0.0
     a, b = np.asarray(a, dtype=np.float64) - np.mean(a), np.asarray(b, dtype=np.float64) - np.mean(b)
     scale = math.sqrt(float(a @ a)) * math.sqrt(float(b @ b))
     return float(a @ b / scale) if scale else 0.0
