@@ -411,6 +411,23 @@ def test_images_from_npz(tmp_path):
     assert torch.equal(same, (torch.from_numpy(images[:1]).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5)
 
 
+@pytest.mark.parametrize(
+    ("shape", "labels", "words"),
+    [
+        ((4, 3, 8, 8), [0, 1, 0, 1], "images of shape (3, 8, 8) have 8 channels"),
+        ((4, 8, 8, 4), [0, 1, 0, 1], "have 4 channels (the last dimension), the model takes 3"),
+        ((4, 8, 8, 3), [0.0, 1.0, 0.0, 1.0], "got labels of float64"),
+        ((4, 8, 8, 3), ["cat", "dog", "cat", "dog"], "accepted are whole numbers"),
+        ((4, 8, 8, 3), [[0], [1], [0], [1]], "labels (4, 1)"),
+        ((4, 0, 8, 3), [0, 1, 0, 1], "got images uint8 (4, 0, 8, 3)"),
+    ],
+)
+def test_bad_arrays(tmp_path, shape, labels, words):
+    names = np.array(["cat", "dog"])
+    np.savez(tmp_path / "a.npz", images=np.zeros(shape, np.uint8), labels=np.array(labels), class_names=names)
+    assert words in refused(recipe("image-classification", train=str(tmp_path / "a.npz")), ImageProcessor(8, 8))
+
+
 def test_images_from_idx(tmp_path):
     images = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 4, 4)
     (tmp_path / "t-images-idx3-ubyte").write_bytes(

@@ -122,6 +122,12 @@ def load_images(file: RecipeFile, processor: ImageProcessor) -> TaskData:
     sets, digests = {}, []
     for rows, targets in ((train, labels.train), (held_out, labels.eval)):
         images = np.stack(rows.column(image))
+        given, wanted = images.shape[-1], processor.channels
+        if given not in (1, wanted) and (given, wanted) != (3, 1):
+            raise DataError(
+                f"{rows.source}: images of shape {images.shape[1:]} have {given} channels (the last dimension), the "
+                f"model takes {wanted}"
+            )
         digests.append([fingerprint(images.tobytes().hex()), targets])
         features = Features({"pixel_values": Array3D(images.shape[1:], "uint8"), "labels": Value("int64")})
         columns = {"pixel_values": list(images), "labels": targets}
@@ -185,6 +191,8 @@ def _read_arrays(name: str, split: str, limit: int | None) -> Rows:
     if name.endswith(".npz"):
         images, labels, names = _read_npz(path, name, split)
         if names is not None:
+            if labels.dtype.kind not in "iu":
+                raise DataError(f"{name}: got labels of {labels.dtype}, beside class_names accepted are whole numbers")
             if labels.size and not 0 <= labels.min() <= labels.max() < len(names):
                 raise DataError(f"{name}: labels reach {labels.max()}, class_names has {len(names)} names")
             classes, labels = {"labels": names}, np.array(names)[labels]
@@ -195,9 +203,9 @@ def _read_arrays(name: str, split: str, limit: int | None) -> Rows:
             raise DataError(f"{name}: no labels beside it, looked for {label_path.name}")
         labels = _read_idx(label_path, str(label_path), 1)
     images = images[..., None] if images.ndim == 3 else images
-    if images.ndim != 4 or images.dtype != np.uint8 or len(images) != len(labels) or not len(images):
+    if images.ndim != 4 or images.dtype != np.uint8 or labels.shape != images.shape[:1] or not images.size:
         raise DataError(
-            f"{name}: got images {images.dtype} {images.shape} and {len(labels)} labels, accepted is uint8 "
+            f"{name}: got images {images.dtype} {images.shape} and labels {labels.shape}, accepted is uint8 "
             f"(rows, height, width[, channels]) and as many labels"
         )
     images, labels = images[:limit], labels[:limit]
