@@ -38,12 +38,32 @@ def test_positions(make, limit):
         (batch(labels=torch.zeros(3, dtype=torch.long)), ["input_ids 4", "labels 3"]),
         ({"input_ids": torch.full((2, 4), 120)}, ["id 120", "vocabulary of 120"]),
         ({"input_ids": torch.full((2, 4), -1)}, ["id -1"]),
+        ({"input_ids": [[1, 2], [3, 4]]}, ["got no tensors"]),
     ],
 )
 def test_a_batch_that_does_not_fit_the_model_is_named(given, words):
     with pytest.raises(DataError) as caught:
         tightfit.plan(models.bert(), batch=given)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_sizes_may_stand_in_a_list():
+    model = models.bert()
+    assert tightfit.plan(model, batch=[2, 8]).peak_bytes == tightfit.plan(model, batch=(2, 8)).peak_bytes
+    assert tightfit.plan(model, batch=[2, 8]).verify().peak_bytes > 0
+    choices = tightfit.recommend(
+        model, batch=[2, 8], budget="1GiB", methods=[tightfit.Checkpointing], effective_batch=4
+    )
+    assert choices[0].batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [("plan", {"batch": (2, 8)}), ("recommend", {"batch": (2, 8), "budget": "1GiB"})],
+)
+def test_a_name_is_no_model(verb, options):
+    with pytest.raises(TypeError, match=rf"{verb}\(model, ...\): got str, accepted is a torch.nn.Module"):
+        getattr(tightfit, verb)("bert", **options)
 
 
 def test_a_translation_model_is_planned_from_sizes():

@@ -97,8 +97,7 @@ def apply(model: nn.Module, recipe: Recipe | Transform | list | tuple | None) ->
 
 
 def _refuse_unready(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"apply(model, ...): got {type(model).__name__}, accepted is a torch.nn.Module")
+    hfmodel.check_module(model, "apply")
     earlier = _active[model]() if model in _active else None
     if earlier is not None:
         raise StateError(

@@ -71,8 +71,8 @@ def rows_of(batch: Batch) -> int:
         return _pair(batch)[0]
     sizes = {key: v.shape[0] for key, v in batch.items() if torch.is_tensor(v) and v.dim() > 0}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
-        shown = ", ".join(f"{key} {size}" for key, size in sizes.items()) or "no tensors"
-        raise DataError(f"batch: got rows {shown}; accepted is one number of rows >= 1 in all of its tensors")
+        shown = f"rows {', '.join(f'{key} {size}' for key, size in sizes.items())}" if sizes else "no tensors"
+        raise DataError(f"batch: got {shown}; accepted is one number of rows >= 1 in all of its tensors")
     return next(iter(sizes.values()))
 
 

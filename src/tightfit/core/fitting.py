@@ -7,7 +7,7 @@ says that a recipe fits is it simulated there too.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -83,7 +83,7 @@ class Fitting:
         self.model, self.batch, self.budget, self.effective = model, batch, budget, effective
         self.options = dict(options)
         self.optimizer = self.options.pop("optimizer")
-        top = effective if isinstance(batch, tuple) else min(rows_of(batch), effective)
+        top = min(rows_of(batch), effective) if isinstance(batch, Mapping) else effective
         self.sizes = [n for n in range(1, top + 1) if effective % n == 0]
         self.plans: dict[tuple[Recipe, int], Plan] = {}
         self.drafts: dict[Recipe, Draft] = {}

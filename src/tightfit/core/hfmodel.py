@@ -14,6 +14,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tightfit.core.model_code import children_read
 
 
+def check_module(model: Any, verb: str) -> None:
+    """Raise TypeError for what is no module, such as a model's name."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{verb}(model, ...): got {type(model).__name__}, accepted is a torch.nn.Module")
+
+
 def without_peft(model: Any) -> Any:
     """The Hugging Face model, out of what PEFT may have put around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

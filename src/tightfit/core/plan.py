@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from tightfit.core import hfmodel
 from tightfit.core.apply import Applied, apply, resolve
 from tightfit.core.batch import Batch, check_batch, describe_batch
 from tightfit.core.conflicts import Conflict
@@ -214,6 +215,7 @@ class Draft:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe):
+        hfmodel.check_module(model, "plan")
         self.model, self.recipe = model, recipe
         shadow = meta_copy(model)
         planned, self.conflicts = resolve(shadow, recipe)
@@ -268,9 +270,9 @@ class Draft:
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         from tightfit.core.simulate import example_batch
 
-        if isinstance(batch, tuple):
-            return example_batch(self.model, *batch, long_rows=self.recipe.long_rows)
-        return dict(batch)
+        if isinstance(batch, Mapping):
+            return dict(batch)
+        return example_batch(self.model, *batch, long_rows=self.recipe.long_rows)
 
     def _host_bytes(self) -> int:
         assert self.applied is not None

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from tightfit.core import hfmodel
 from tightfit.core.batch import Batch, check_batch
 from tightfit.core.budget import parse_budget
 from tightfit.core.fields import near
@@ -118,6 +119,7 @@ def recommend(
     if tune not in TUNE:
         raise ValueError(f"recommend(tune=...): got {tune!r}, accepted are {', '.join(TUNE)}{near(tune, TUNE)}")
     check_count("limit", limit)
+    hfmodel.check_module(model, "recommend")
     most = parse_budget(budget, device=options.get("device", "cpu"), elsewhere=elsewhere)
     check_batch(model, batch)
     groups = candidates(model, methods, extra, tune, exact)

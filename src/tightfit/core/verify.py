@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -287,7 +287,7 @@ def verify(found: Plan, model: nn.Module | None = None, *, in_place: bool = Fals
     if type(model).__name__ != found.model:
         raise StateError(f"verify: the plan is for a {found.model}, the given model is a {type(model).__name__}")
     batch: Any = source.batch
-    if isinstance(batch, tuple):
+    if not isinstance(batch, Mapping):
         batch = example_batch(model, *batch, long_rows=found.recipe.long_rows)
     options = {key: value for key, value in source.options.items() if key not in ("extrapolate", "train")}
     step = run_step(model, found.recipe, batch, optimizer=source.optimizer, in_place=in_place, **options)

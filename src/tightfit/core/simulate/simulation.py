@@ -150,7 +150,7 @@ def simulate(
         >>> simulate(model, (16, 128)).peak_phase
         'backward'
     """
-    if isinstance(batch, tuple):
+    if not isinstance(batch, Mapping):
         batch = example_batch(model, *batch)
     options = StepOptions(
         optimizer=optimizer, clip=clip, autocast=autocast, loss=loss, device=device, train=train, accumulate=accumulate
