@@ -354,6 +354,7 @@ def test_kept_rows():
     assert [kept_rows(n, 0.1) for n in (0, 5, 16, 100, 161, 300, 1000)] == [0, 5, 16, 16, 17, 30, 100]
     assert kept_rows(30, 0.1, min_rows=1) == 3 and kept_rows(31, 0.1, min_rows=1) == 4
     assert kept_rows(77, 1.0) == 77
+    assert kept_rows(100, 0.07, min_rows=1) == 7
 
 
 def test_bad_arguments_are_refused():

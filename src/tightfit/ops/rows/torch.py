@@ -53,7 +53,7 @@ def kept_rows(n: int, budget: float, min_rows: int = 16) -> int:
         raise ValueError(f"budget is {budget}; give the fraction of rows to keep, above 0 and at most 1")
     if n < 0 or min_rows < 1:
         raise ValueError(f"n is {n} and min_rows is {min_rows}; n is at least 0 and min_rows at least 1")
-    return min(n, max(min_rows, math.ceil(round(budget * n, 6))))  # 0.1 of 30 rows is 3, not 3.0000000000000004
+    return min(n, max(min_rows, math.ceil(round(budget * n, 6))))  # 0.07 of 100 rows is 7, not 7.000000000000001
 
 
 def row_norms(x: Tensor) -> Tensor:
