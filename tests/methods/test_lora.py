@@ -147,6 +147,15 @@ def test_other_kinds_of_adapters(kind, tmp_path):
     assert torch.equal(logits(exported, batch), logits(merged, batch))
 
 
+@pytest.mark.parametrize("kind", [*CONFIGS, "adalora"])
+def test_a_config_and_its_dict_are_one_value(kind):
+    config = CONFIGS.get(kind) or peft.AdaLoraConfig(total_step=10, target_modules=["q_proj"])
+    recipe = tightfit.chain(Lora(config=config))
+    assert recipe == tightfit.chain(Lora(config=config.to_dict()))
+    assert recipe == tightfit.Recipe.from_json(recipe.to_json())
+    assert "peft_version" not in repr(recipe)
+
+
 def qwen2():
     """A decoder whose first projections have a bias and whose last one has none."""
     size = {**models.SIZE, "vocab_size": models.VOCABULARY, "num_key_value_heads": 1, "pad_token_id": 0}

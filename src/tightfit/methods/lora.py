@@ -139,7 +139,7 @@ class Lora(Transform):
         import peft
 
         if self.config is not None:
-            fields = {k: v for k, v in self.config.items() if k not in ("peft_type", "peft_version")}
+            fields = {k: v for k, v in self.config.items() if k != "peft_type"}
             return peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(self.config["peft_type"])](**fields)
         return peft.LoraConfig(
             r=self.rank,
@@ -157,8 +157,7 @@ def _checked_config(config: Any) -> dict[str, Any]:
     if not isinstance(config, dict):
         if not hasattr(config, "to_dict") or not hasattr(config, "peft_type"):
             raise TypeError(f"Lora(config=...): got {config!r}, accepted is a peft config or its dict")
-        default = type(config)().to_dict()
-        config = {k: v for k, v in config.to_dict().items() if k == "peft_type" or v != default.get(k)}
+        config = config.to_dict()
     if "peft_type" not in config:
         raise ValueError("Lora(config=...): the dict has no 'peft_type', accepted is PeftConfig.to_dict()")
     config = {key: _plain(value) for key, value in config.items()}
@@ -172,10 +171,12 @@ def _checked_config(config: Any) -> dict[str, Any]:
             f"Lora(config=...): {kind} does not put adapters into layers, accepted are the kinds that do (LORA, IA3, "
             f"OFT, ...); use peft.get_peft_model for {kind}"
         )
-    fields = {f.name for f in dataclasses.fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)])}
-    unknown = sorted(set(config) - fields - {"peft_version"})
+    config.pop("peft_version", None)
+    fields = {f.name: f for f in dataclasses.fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)])}
+    unknown = sorted(set(config) - set(fields))
     if unknown:
         raise ValueError(f"Lora(config=...): {kind} has no field {unknown[0]!r}{near(unknown[0], sorted(fields))}")
+    config = {key: value for key, value in config.items() if key == "peft_type" or value != _default(fields[key])}
     for field in _PATTERNS:
         _check_patterns(field, config.get(field))
     for field in ("megatron_config", "adapters"):
@@ -190,6 +191,10 @@ def _checked_config(config: Any) -> dict[str, Any]:
                 f"undo or merge; use peft.get_peft_model for it"
             )
     return config
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _check_patterns(field: str, value: Any) -> None:
