@@ -97,6 +97,24 @@ def test_a_transform_with_tuples_and_conveniences_round_trips():
         chain(Pieces(layers=(object(),))).to_json()
 
 
+@pytest.mark.parametrize(
+    ("method", "field", "given", "kept"),
+    [
+        (tightfit.PartialEmbedding, "ids", [3, 1], (1, 3)),
+        (tightfit.Reversible, "span", [0, 2], (0, 2)),
+        (tightfit.LadderSide, "keep_layers", [0, 2], (0, 2)),
+        (tightfit.Sherl, "keep_layers", [[0, 1], [0, 2]], ((0, 1), (0, 2))),
+        (tightfit.Losa, "keep_layers", [1], (1,)),
+        (tightfit.SparseAdapter, "betas", [0.8, 0.99], (0.8, 0.99)),
+        (tightfit.LearnableMemory, "earlier", [["digits", 10, 5]], (("digits", 10, 5),)),
+    ],
+)
+def test_a_list_is_taken_as_a_tuple(method, field, given, kept):
+    value = method(**{field: given})
+    assert getattr(value, field) == kept and value == method(**{field: kept}) and hash(value) is not None
+    assert Recipe.from_yaml(chain(value).to_yaml()) == chain(value)
+
+
 def test_transforms_are_frozen_and_keyword_only():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Lora().rank = 3

@@ -91,6 +91,15 @@ def check_selector(transform: Any, field: str, *, optional: bool = False) -> Non
         )
 
 
+def keep_tuples(transform: Any, field: str) -> None:
+    """Make lists in the field tuples, which a value that is compared and hashed needs; JSON has lists only."""
+    object.__setattr__(transform, field, _as_tuples(getattr(transform, field)))
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
 def near(value: Any, allowed: Sequence[Any]) -> str:
     """A '; did you mean ...?' ending for a message, empty when nothing is close.
 

@@ -15,7 +15,7 @@ from torch import nn
 from tightfit.core import hfmodel
 from tightfit.core.edits import ChildEdit, Edit, Handle, StackEdit, TrainableEdit, is_planning
 from tightfit.core.errors import StateError, UnsupportedModelError, shorten
-from tightfit.core.fields import check_bool, check_choice, check_float, check_int
+from tightfit.core.fields import check_bool, check_choice, check_float, check_int, keep_tuples
 from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.reversible.adapters import Mlp, maker, merge_edit, mlp_of, parallel_edits
 from tightfit.methods.reversible.guard import headroom, refuse_inexact
@@ -286,6 +286,7 @@ class Reversible(Transform):
 
 
 def _check_span_field(value: Reversible) -> None:
+    keep_tuples(value, "span")
     span = value.span
     if span is None:
         return

@@ -14,7 +14,7 @@ from tightfit.core import hfmodel
 from tightfit.core.calls import evaluating
 from tightfit.core.edits import Edit, Part
 from tightfit.core.errors import UnsupportedModelError
-from tightfit.core.fields import check_bool, check_choice, check_float, check_int
+from tightfit.core.fields import check_bool, check_choice, check_float, check_int, keep_tuples
 from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.side.cache import FeatureCache
 from tightfit.methods.side.frozen import (
@@ -124,7 +124,7 @@ class LadderSide(Transform):
                 f"LadderSide(cache_bytes={self.cache_bytes}, {why}): what is kept must stay the same from epoch to "
                 f"epoch; use backbone_dropout=False and projection 'frozen_linear' or 'pool'"
             )
-        object.__setattr__(self, "channels", _as_tuples(self.channels))
+        keep_tuples(self, "channels")
         _check_channels(self.channels)
         if self.channels is not None and self.init != "fisher":
             raise ValueError(f"LadderSide(channels=..., init={self.init!r}): channels are what init='fisher' chose")
@@ -283,10 +283,6 @@ def _shares(net: SideNet) -> list[float]:
 
 
 # -- fields -----------------------------------------------------------------------------------------------------------
-
-
-def _as_tuples(value: Any) -> Any:
-    return tuple(_as_tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 def _check_channels(value: Any) -> None:

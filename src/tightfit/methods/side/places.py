@@ -11,6 +11,7 @@ from torch import nn
 
 from tightfit.core import hfmodel
 from tightfit.core.errors import UnsupportedModelError, shorten
+from tightfit.core.fields import keep_tuples
 
 STATES = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
 INNER = ("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "hidden_dim")
@@ -125,6 +126,7 @@ def check_divides(method: str, model: nn.Module, reduction: int, found: dict[str
 
 def check_layers(transform: Any, field: str, *, pair: bool = False) -> None:
     """Raise TypeError / ValueError unless the field is None or an ascending tuple of indices, or a pair of such."""
+    keep_tuples(transform, field)
     value = getattr(transform, field)
     if value is None:
         return

@@ -89,8 +89,6 @@ class Sherl(Transform):
 
     def __post_init__(self) -> None:
         check_int(self, "reduction", 1)
-        if isinstance(self.keep_layers, tuple | list) and any(isinstance(i, tuple | list) for i in self.keep_layers):
-            object.__setattr__(self, "keep_layers", tuple(tuple(i) for i in self.keep_layers))
         check_layers(self, "keep_layers", pair=True)
         check_int(self, "late_layers", 0)
         check_bool(self, "start")

@@ -12,7 +12,7 @@ from torch import nn
 
 from tightfit.core import hfmodel
 from tightfit.core.edits import ChildEdit, Edit, ModulesEdit, TrainableEdit
-from tightfit.core.fields import check_bool, check_choice, check_float, check_int, check_selector
+from tightfit.core.fields import check_bool, check_choice, check_float, check_int, check_selector, keep_tuples
 from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.sparse_adapter.errors import HostMemoryError, NotFiniteError
 from tightfit.methods.sparse_adapter.layer import AddsRows, NotesMask, Settings, TakesInput
@@ -132,6 +132,7 @@ class SparseAdapter(Transform):
         self._check_groups()
 
     def _check_betas(self) -> None:
+        keep_tuples(self, "betas")
         pair = isinstance(self.betas, tuple) and len(self.betas) == 2
         if not pair or any(isinstance(b, bool) or not isinstance(b, int | float) for b in self.betas):
             raise TypeError(f"SparseAdapter(betas=...): got {self.betas!r}, accepted is a pair of numbers")
