@@ -241,6 +241,15 @@ def test_state_comes_back(init):
         assert twin.direction.any()
 
 
+def test_random_directions_differ_by_layer_and_by_the_seed_of_torch():
+    def direction(torch_seed, seed):
+        torch.manual_seed(torch_seed)
+        return Subtoken(12, 3, "random", seed=seed).direction
+
+    assert torch.equal(direction(1, 0), direction(1, 0))
+    assert not torch.equal(direction(1, 0), direction(1, 1)) and not torch.equal(direction(1, 0), direction(2, 0))
+
+
 @each_init
 @each_cut
 def test_a_plan_sees_no_values(width, groups, init):
