@@ -42,6 +42,7 @@ def untouched(model):
     [
         ([], "got no ids, accepted is at least one"),
         ([1, 2, 2, 3, 3], "given more than once: 2, 3"),
+        ([-1, 2], "got -1, accepted are ids from 0 on"),
         ([1, 2.5, "x"], r"not integers: 2\.5, 'x'"),
         ([True, 3], "not integers: True"),
         (torch.tensor([1.0, 2.0]), r"not integers: 1\.0, 2\.0"),
@@ -86,8 +87,8 @@ def test_a_recipe_without_ids_says_how_to_get_them():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids_outside_the_table_leave_the_model_alone(family):
     model = models.build(family)
-    with pytest.raises(ValueError, match=r"-4, 120 and 1 more outside the vocabulary of 120 ids|-4, 120, 4000 outside"):
-        tightfit.apply(model, PartialEmbedding(ids=[*models.kept_ids(model), -4, 120, 4000]))
+    with pytest.raises(ValueError, match=r"120, 4000 outside the vocabulary of 120 ids"):
+        tightfit.apply(model, PartialEmbedding(ids=[*models.kept_ids(model), 120, 4000]))
     assert untouched(model)
 
 

@@ -326,6 +326,8 @@ def _as_ids(given: Any) -> tuple[int, ...]:
     ids = sorted(int(v) for v in values)
     if not ids:
         raise ValueError("PartialEmbedding(ids=...): got no ids, accepted is at least one")
+    if ids[0] < 0:
+        raise ValueError(f"PartialEmbedding(ids=...): got {ids[0]}, accepted are ids from 0 on")
     twice = sorted({a for a, b in itertools.pairwise(ids) if a == b})
     if twice:
         raise ValueError(f"PartialEmbedding(ids=...): given more than once: {shorten(twice)}")
