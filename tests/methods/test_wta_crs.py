@@ -235,6 +235,23 @@ def test_an_overflow_under_a_loss_scale_leaves_no_trace_in_cached_scores():
     assert all(torch.equal(a[[0, 2]], b[[0, 2]]) for a, b in zip(learnt, tables(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ([2, 0], r"got \[2, 0\], accepted is \(B,\) int64"),
+        (torch.tensor([2.0, 0.0]), r"shape \(2,\) of torch.float32"),
+        (torch.tensor([2, 0, 1]), r"shape \(3,\) of torch.int64, accepted is \(B,\)"),
+        (torch.tensor([2, 4]), r"got 4, accepted is \[0, 3\].*4 examples"),
+        (torch.tensor([-1, 0]), r"got -1, accepted is \[0, 3\]"),
+    ],
+)
+def test_indices_that_name_no_examples_are_refused(index, said):
+    model = models.build("bert")
+    tightfit.apply(model, WtaCrs(scores="cache", examples=4))
+    with pytest.raises(ValueError, match=f"sample_index: .*{said}"):
+        model(**models.batch(model, size=2, length=8), sample_index=index)
+
+
 def test_cached_scores_in_a_model():
     stock, applied = applied_to("bert", WtaCrs(scores="cache", examples=4, min_rows=1), dtype=torch.float32)
     batch = models.batch(stock, size=2, length=8)

@@ -113,7 +113,12 @@ class WtaCrs(Transform):
         yield from estimator_edits(model, targets, part.add, method="WtaCrs", part=part, note=note)
         yield from padding_edit(model)
         if self.scores == "cache":
-            yield CallEdit(where="model", mixin=TakesIndex, note="takes sample_index")
+            yield CallEdit(
+                where="model",
+                mixin=TakesIndex,
+                state=lambda model: {"examples": self.examples},
+                note="takes sample_index",
+            )
 
 
 class Sampling(Part):

@@ -178,8 +178,27 @@ class TakesIndex:
 
     def forward(self, *args, **kwargs):
         index = kwargs.pop("sample_index", None)
-        with sample_index(index if self.training else None):  # type: ignore[attr-defined]
+        index = index if self.training else None  # type: ignore[attr-defined]
+        if index is not None:
+            examples = state_of(self, TakesIndex)["examples"]  # type: ignore[arg-type]
+            _check_index(index, examples, [t.shape[0] for t in (*args, *kwargs.values()) if torch.is_tensor(t)])
+        with sample_index(index):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def _check_index(index: Any, examples: int, rows: list[int]) -> None:
+    """Raise ValueError where these are not the examples of a batch."""
+    integers = torch.is_tensor(index) and not index.is_floating_point() and not index.is_complex()
+    if not integers or index.dim() != 1 or index.shape[0] not in rows:
+        given = f"shape {tuple(index.shape)} of {index.dtype}" if torch.is_tensor(index) else repr(index)
+        raise ValueError(f"sample_index: got {given}, accepted is (B,) int64, one for each row of the batch")
+    if hfmodel.has_values(index) and index.numel():
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= examples:
+            raise ValueError(
+                f"sample_index: got {low if low < 0 else high}, accepted is [0, {examples - 1}], the numbers of the "
+                f"{examples} examples of WtaCrs(examples=...)"
+            )
 
 
 def takes_cache(backbone: nn.Module) -> bool:
