@@ -11,7 +11,8 @@ import tightfit
 from tightfit import Lora, Reversible
 from tightfit.core.edits import StackEdit
 from tightfit.core.hfmodel import stacks
-from tightfit.methods.reversible.guard import growth, largest_distance, predicted_error
+from tightfit.methods.reversible import Coupling
+from tightfit.methods.reversible.guard import growth, headroom, largest_distance, predicted_error
 from tightfit.methods.reversible.streams import Fixed, Floating, Half
 from tightfit.methods.reversible.tape import Tape
 
@@ -111,6 +112,26 @@ def test_growth_is_the_published_one():
         assert pre - 4 <= largest_distance(halves, False, fp32) <= pre
         assert largest_distance(halves, True, fp32) <= post
     assert largest_distance((Half("attention", 0.1), Half("mlp", 0.1)), False, fp32) <= 2
+
+
+@pytest.mark.parametrize("m", [1.0, 0.5, 0.25, 0.1])
+@pytest.mark.parametrize("blocks", [1, 4, 24])
+def test_the_room_left_in_integers_is_what_the_streams_may_grow(m, blocks):
+    def grown(step, halves):
+        lag, state, largest = 1.0, 1.0, 1.0
+        for _ in range(halves):
+            lag, state = state, step(lag, state)
+            largest = max(largest, state)
+        return largest
+
+    one, two, about = (Half("block", m),), (Half("attention", m), Half("mlp", m)), (Half("block", m, about=True),)
+    for halves, post_norm, largest in (
+        (one, False, grown(lambda lag, state: state + m * lag, blocks)),
+        (two, False, grown(lambda lag, state: state + m * lag, 2 * blocks)),
+        (one, True, grown(lambda lag, state: 1 + m * lag, blocks)),
+        (about, True, grown(lambda lag, state: 1 + m * (lag + state), blocks)),
+    ):
+        assert 0.25 <= largest / 2 ** headroom(halves, post_norm, blocks) <= 2.0
 
 
 # -- the guard --------------------------------------------------------------------------------------------------------
@@ -213,6 +234,16 @@ def test_two_step_in_floating_point():
     for exact in (False, True):
         model = deep("bert", 3, dropout=0.1)
         tightfit.apply(model, Reversible(exact=exact, k=2))
+        pair.append(gradients(model, models.batch(model)))
+    torch.testing.assert_close(pair[0][0], pair[1][0], rtol=1e-5, atol=1e-6)
+    close(pair[0][1], pair[1][1], 1e-2)
+
+
+def test_annealing_in_floating_point():
+    pair = []
+    for exact in (False, True):
+        model = deep("llama", 4, dropout=0.1)
+        tightfit.apply(model, Reversible(exact=exact, k=2, anneal=0.9)).part(Coupling).set_progress(0.9)
         pair.append(gradients(model, models.batch(model)))
     torch.testing.assert_close(pair[0][0], pair[1][0], rtol=1e-5, atol=1e-6)
     close(pair[0][1], pair[1][1], 1e-2)

@@ -143,6 +143,15 @@ def test_the_loss_is_a_mean_over_selected_targets():
         torch.testing.assert_close(found, (each[0] + 2 * each[1] + 4 * each[2]) / 14)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_of_half_precision_is_that_of_its_logits_in_float32(dtype):
+    selection = policies.Selection(torch.arange(3)[None], torch.ones(1, 3, dtype=torch.bool), torch.full((1, 3), 0.5))
+    logits, targets = torch.randn(1, 3, 7).to(dtype), torch.tensor([[1, 2, 6]])
+    for by_chance in (False, True):
+        found = token_loss(logits, targets, selection, by_chance=by_chance)
+        assert torch.equal(found, token_loss(logits.float(), targets, selection, by_chance=by_chance))
+
+
 @pytest.mark.parametrize("by_chance", [False, True])
 @pytest.mark.parametrize("count", [0, 2])
 def test_no_target_is_a_loss_of_zero_in_the_graph(by_chance, count):
