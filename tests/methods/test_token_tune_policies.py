@@ -103,6 +103,15 @@ def test_bernoulli_draws_each_token_by_itself(unequal):
     torch.testing.assert_close(spread, (chance * (1 - chance)).sum(1), atol=0.25, rtol=0)
 
 
+def test_bernoulli_cuts_no_token_that_is_kept(monkeypatch):
+    monkeypatch.setattr(policies, "SPREAD", -4.5)  # room for fewer tokens than are drawn
+    real = torch.ones(8, 40, dtype=torch.bool)
+    keep = policies.keep_set(real, causal=True)
+    for seed in range(10):
+        found = select(Draw(real, keep), 0.5, None, "bernoulli", Counter(seed), 2)
+        assert (found.positions[:, 0] == 0).all() and (found.positions == 39).any(1).all()
+
+
 def test_random_numbers_depend_on_seed_step_and_place_only():
     cpu = torch.device("cpu")
     first, again, other = Counter(3), Counter(3), Counter(4)

@@ -264,6 +264,18 @@ def test_dropout_is_warned_of_once(caplog):
     assert len([r for r in caplog.records if "has dropout" in r.message]) == 1
 
 
+def test_ignored_labels_of_an_encoder_decoder_are_its_padding():
+    model = models.build("bart", dropout=0.0)
+    applied = tightfit.apply(model, TokenTune(count=3, policy="suffix"))
+    batch = models.batch(model, size=1)
+    labels = batch["labels"][:, :6]
+    given = {"input_ids": batch["input_ids"]}
+    short = model(**given, labels=labels).loss
+    padded = model(**given, labels=torch.nn.functional.pad(labels, (0, 5), value=-100)).loss
+    assert applied.report()["methods"]["TokenTune"]["length"] == 11
+    torch.testing.assert_close(padded, short)
+
+
 def ddp_worker(rank, folder):
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
