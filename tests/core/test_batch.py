@@ -32,6 +32,9 @@ def test_positions(make, limit):
         ((4, True), ["length is True"]),
         ((4,), ["(4,)", "batch_size, length"]),
         (7, ["7"]),
+        ([4, 8], ["[4, 8]", "a dict of tensors or (batch_size, length)"]),
+        ({"input_ids": [[1, 2]]}, ["input_ids", "a list", "a tensor"]),
+        ({"input_ids": torch.ones(2, 4)}, ["input_ids", "torch.float32", "whole numbers"]),
         (batch(length=65), ["input_ids", "65 tokens", "64"]),
         (batch(inputs=torch.ones(4, 8)), ["'inputs'", "takes no such input", "input_ids"]),
         ({"attention_mask": torch.ones(4, 8)}, ["'input_ids' is missing", "attention_mask"]),
@@ -82,6 +85,16 @@ def test_batches_that_fit():
     check_batch(models.gpt2(), (1, 64))
 
 
+def test_tensors_beside_the_tokens_need_not_go_by_rows():
+    positions = torch.arange(8)[None]
+    given = batch(position_ids=positions, labels=torch.ones(4, 8, dtype=torch.long))
+    assert rows_of(given) == 4 and cut(given, 2)["position_ids"] is positions
+    packed = {key: value[:1] for key, value in given.items() if key != "attention_mask"}
+    packed |= {"cu_seq_lens_q": torch.tensor([0, 3, 8]), "cu_seq_lens_k": torch.tensor([0, 3, 8])}
+    for fits in (given, packed):
+        assert tightfit.plan(models.llama(), batch=fits).peak_bytes > 0
+
+
 def test_a_part_of_a_batch_is_its_longest_rows_and_keeps_a_padded_one():
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]])
     given = {"input_ids": torch.arange(16).view(4, 4), "attention_mask": mask, "scale": 2.0}
@@ -90,3 +103,34 @@ def test_a_part_of_a_batch_is_its_longest_rows_and_keeps_a_padded_one():
     assert cut(given, 3)["input_ids"][:, 0].tolist() == [4, 12, 8]
     assert cut(given, 4) is given and cut(given, 2)["scale"] == 2.0
     assert rows_of(cut(given, 3)) == 3
+
+
+# Examples made from sizes
+
+VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def test_the_size_of_images_may_be_in_the_vision_config():
+    vision = {**VISION, "image_size": 12, "patch_size": 4}
+    model = hf.SiglipForImageClassification(hf.SiglipConfig(vision_config=vision))
+    assert example_batch(model, 2, 1)["pixel_values"].shape == (2, 3, 12, 12)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: hf.ResNetForImageClassification(hf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])),
+        lambda: hf.CanineForSequenceClassification(hf.CanineConfig(**VISION)),
+        lambda: hf.WhisperForAudioClassification(hf.WhisperConfig()),
+        lambda: torch.nn.Linear(2, 2),
+    ],
+)
+def test_a_model_whose_input_does_not_follow_from_sizes_is_named(make):
+    with torch.device("meta"):
+        model = make()
+    with pytest.raises(tightfit.SimulationError, match=f"no example batch is known for {type(model).__name__}; give"):
+        tightfit.plan(model, batch=(2, 8))
+
+
+def test_tokens_have_whole_labels_whatever_the_number_of_classes():
+    assert tightfit.plan(models.bert("TokenClassification", num_labels=1), batch=(2, 8)).peak_bytes > 0

@@ -18,6 +18,7 @@ Batch = Mapping[str, Any] | tuple[int, int]
 
 _TOKENS = ("input_ids", "decoder_input_ids")
 _EMBEDDED = ("inputs_embeds", "decoder_inputs_embeds")
+_BY_ROW = (*_TOKENS, *_EMBEDDED, "attention_mask", "decoder_attention_mask", "token_type_ids", "labels")
 _ACCEPTED = "batch: got {}, accepted is a dict of tensors or (batch_size, length)"
 
 
@@ -52,7 +53,7 @@ def check_batch(model: nn.Module, batch: Any, *, long_rows: bool = False) -> Non
     rows_of(batch)
     for key in (*_TOKENS, *_EMBEDDED):
         value = batch.get(key)
-        if not torch.is_tensor(value) or value.dim() < 2:
+        if value is None or value.dim() < 2:
             continue
         length = value.shape[-1] if key in _TOKENS else value.shape[-2]
         if limit is not None and length > limit:
@@ -64,12 +65,16 @@ def check_batch(model: nn.Module, batch: Any, *, long_rows: bool = False) -> Non
 def rows_of(batch: Batch) -> int:
     """Rows of a batch.
 
+    Beside tokens there may be tensors that do not go by rows: patches of images, ends of packed sequences, positions.
+
     Raises:
         DataError: its tensors do not agree, or it has none.
     """
     if not isinstance(batch, Mapping):
         return _pair(batch)[0]
     sizes = {key: v.shape[0] for key, v in batch.items() if torch.is_tensor(v) and v.dim() > 0}
+    if any(key in sizes for key in (*_TOKENS, *_EMBEDDED)):
+        sizes = {key: size for key, size in sizes.items() if key in _BY_ROW}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         shown = f"rows {', '.join(f'{key} {size}' for key, size in sizes.items())}" if sizes else "no tensors"
         raise DataError(f"batch: got {shown}; accepted is one number of rows >= 1 in all of its tensors")
@@ -97,7 +102,11 @@ def cut(batch: Batch, size: int) -> Batch:
         if size > 1:
             order = torch.cat([order[: size - 1], order[-1:]])
     picked = order[:size]
-    return {k: v[picked.to(v.device)] if torch.is_tensor(v) and v.dim() > 0 else v for k, v in batch.items()}
+    return {k: v[picked.to(v.device)] if _goes_by_row(v, rows) else v for k, v in batch.items()}
+
+
+def _goes_by_row(value: Any, rows: int) -> bool:
+    return torch.is_tensor(value) and value.dim() > 0 and value.shape[0] == rows
 
 
 def length_of(batch: Batch) -> int | None:
@@ -129,10 +138,9 @@ def positions(model: nn.Module) -> int | None:
 
 
 def _pair(batch: Any) -> tuple[int, int]:
-    try:
-        size, length = batch
-    except (TypeError, ValueError):
-        raise DataError(_ACCEPTED.format(repr(batch))) from None
+    if not isinstance(batch, tuple) or len(batch) != 2:
+        raise DataError(_ACCEPTED.format(repr(batch)))
+    size, length = batch
     for name, value in (("batch_size", size), ("length", length)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise DataError(f"batch: {name} is {value!r}, accepted is an int >= 1")
@@ -148,6 +156,9 @@ def _check_keys(model: nn.Module, batch: Mapping[str, Any]) -> None:
                     f"batch[{key!r}]: {type(model).__name__} takes no such input{near(key, sorted(known))}; it takes "
                     f"{', '.join(name for name in known if name in _USUAL) or ', '.join(sorted(known))}"
                 )
+    for key in (*_TOKENS, *_EMBEDDED):
+        if batch.get(key) is not None and not torch.is_tensor(batch[key]):
+            raise DataError(f"batch[{key!r}]: got a {type(batch[key]).__name__}, accepted is a tensor")
     main = getattr(model, "main_input_name", None)
     if main in known and not any(batch.get(key) is not None for key in (main, *_EMBEDDED)):
         raise DataError(f"batch: {main!r} is missing; it holds {', '.join(batch) or 'nothing'}")
@@ -179,7 +190,9 @@ def _check_ids(model: nn.Module, key: str, ids: torch.Tensor) -> None:
     except NotImplementedError:
         return
     count = getattr(getattr(model, "config", None), "vocab_size", None) or getattr(table, "num_embeddings", None)
-    if not isinstance(count, int) or not hfmodel.has_values(ids) or ids.numel() == 0 or ids.is_floating_point():
+    if ids.is_floating_point():
+        raise DataError(f"batch[{key!r}]: got {ids.dtype}, accepted is a tensor of whole numbers")
+    if not isinstance(count, int) or not hfmodel.has_values(ids) or ids.numel() == 0:
         return
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= count:

@@ -49,7 +49,8 @@ def example_batch(
         long_rows: they may be longer than the model has positions.
 
     Raises:
-        SimulationError: sizes below 1, a length above the model's positions, or a task that is not known here.
+        SimulationError: sizes below 1, a length above the model's positions, or a model whose input does not follow
+            from sizes.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -59,17 +60,19 @@ def example_batch(
     """
     if batch_size < 1 or length < 1:
         raise SimulationError(f"batch: got ({batch_size}, {length}), both must be at least 1")
-    config: Any = hfmodel.without_peft(model).config
+    inner = hfmodel.without_peft(model)
     task = task_of(model)
-    if task == "image":
-        side = config.image_size if isinstance(config.image_size, (tuple, list)) else [config.image_size] * 2
-        pixels = torch.zeros(batch_size, getattr(config, "num_channels", 3), *side, dtype=_float_dtype(model))
-        return {"pixel_values": pixels, "labels": _labels(config, (batch_size,))}
-    if task is None and not _takes_tokens(config):
+    if _size(inner, task) is None:
         raise SimulationError(
-            f"batch: no example batch is known for {type(hfmodel.without_peft(model)).__name__}; give a dict of "
-            f"tensors with labels"
+            f"batch: no example batch is known for {type(inner).__name__}; give a dict of tensors with labels"
         )
+    config: Any = inner.config
+    if task == "image":
+        size = _size(inner, task)
+        side = size if isinstance(size, (tuple, list)) else [size] * 2
+        channels = getattr(_vision(config), "num_channels", 3)
+        pixels = torch.zeros(batch_size, channels, *side, dtype=_float_dtype(model))
+        return {"pixel_values": pixels, "labels": _labels(config, (batch_size,))}
     if not long_rows:
         _check_length(config, length)
     rows = (batch_size, length)
@@ -89,7 +92,7 @@ def example_batch(
             ids[ids == eos] = max(0, eos - 1)
             ids[:, short - 1] = eos  # BART classifies at the end-of-sequence token
     elif task == "token":
-        out["labels"] = _labels(config, rows)
+        out["labels"] = torch.zeros(rows, dtype=torch.long)  # whatever the config's `problem_type`
     elif task == "span":
         out["start_positions"] = out["end_positions"] = torch.zeros(batch_size, dtype=torch.long)
     elif task == "choice":
@@ -100,13 +103,25 @@ def example_batch(
     return out
 
 
-def _takes_tokens(config) -> bool:
-    return isinstance(getattr(config.get_text_config(), "vocab_size", None), int)
+def _size(model: nn.Module, task: str | None) -> Any:
+    """Pixels of the model's images, or ids of its vocabulary; None where it takes something else, or does not say."""
+    main, config = getattr(model, "main_input_name", None), getattr(model, "config", None)
+    if task == "image":
+        return getattr(_vision(config), "image_size", None) if main == "pixel_values" else None
+    return _vocabulary(config) if main == "input_ids" else None
+
+
+def _vision(config):
+    return getattr(config, "vision_config", config)
+
+
+def _vocabulary(config) -> Any:
+    return getattr(config, "vocab_size", None) or getattr(config.get_text_config(), "vocab_size", None)
 
 
 def _tokens(config, rows: tuple[int, int]) -> torch.Tensor:
     """Ids that are no special tokens of the usual vocabularies, where the vocabulary is large enough."""
-    vocabulary = getattr(config, "vocab_size", None) or config.get_text_config().vocab_size
+    vocabulary = _vocabulary(config)
     first = min(10, vocabulary - 1)
     count = rows[0] * rows[1]
     return (first + torch.arange(count) % max(1, min(vocabulary - first, 1000))).view(rows)
