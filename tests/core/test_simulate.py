@@ -15,6 +15,7 @@ from transformers import (
 
 from tightfit.core import memory
 from tightfit.core.errors import SimulationError
+from tightfit.core.plan import plan
 from tightfit.core.simulate import example_batch, simulate
 
 
@@ -122,5 +123,26 @@ def test_missing_labels_and_wrong_names_are_refused():
         simulate(model, {k: v for k, v in batch.items() if k != "labels"})
     with pytest.raises(SimulationError, match="adamw-foreach"):
         simulate(model, batch, optimizer="adam")
+    with pytest.raises(SimulationError, match=r"got the object AdamW, .* such as torch\.optim\.AdamW"):
+        simulate(model, batch, optimizer=torch.optim.AdamW(model.parameters()))
     with pytest.raises(SimulationError, match="at least 1"):
         simulate(model, (0, 8))
+    with pytest.raises(TypeError, match=r"got BertConfig, accepted is a torch\.nn\.Module"):
+        plan(model.config, batch=(2, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("accumulate", 0),
+        ("accumulate", 1.5),
+        ("clip", -1.0),
+        ("clip", "1"),
+        ("autocast", "bf16"),
+        ("loss", "mean"),
+        ("extrapolate", "never"),
+    ],
+)
+def test_an_option_that_no_step_can_have_is_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: got {value!r}, accepted"):
+        plan(bert(), batch=(2, 8), fallback="measure", **{name: value})

@@ -183,7 +183,7 @@ def plan(
         DataError: a malformed batch, or one that the model cannot be called with.
         SimulationError: the step cannot be simulated; names the operator and the module.
         UnsupportedModelError: a method of the recipe cannot work on this model.
-        ValueError: an incomplete recipe, or an unknown `fallback`.
+        ValueError, TypeError: an incomplete recipe, something else than a model, or an option that no step can have.
 
     Example:
         >>> import tightfit

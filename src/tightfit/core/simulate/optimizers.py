@@ -53,4 +53,8 @@ def make_optimizer(
         return Adafactor(trainable, lr=1e-4, scale_parameter=False, relative_step=False)
     if choice == "adamw-8bit":
         return EightBitAdamW(trainable, device, tables)
-    raise SimulationError(f"optimizer: got {choice!r}, accepted are {', '.join(OPTIMIZERS)} or a callable")
+    given = f"the object {type(choice).__name__}" if isinstance(choice, torch.optim.Optimizer) else repr(choice)
+    raise SimulationError(
+        f"optimizer: got {given}, accepted are {', '.join(OPTIMIZERS)} or a callable from parameters to an optimizer, "
+        f"such as torch.optim.AdamW"
+    )

@@ -18,6 +18,7 @@ from tightfit.core.simulate.step import Loss, StepOptions, trace_step
 from tightfit.core.simulate.timeline import Account, account
 from tightfit.core.simulate.tracker import PHASES
 
+EXTRAPOLATE = ("auto", True, False, "unchecked")
 _CUDA_NOTES = (
     "cuda is modelled: fused attention and dropout kernels, foreach optimizer, sizes rounded to 512 bytes",
     f"cuBLAS workspace of {cuda.CUBLAS_WORKSPACE_BYTES} bytes is in the peak; the driver's context is not",
@@ -140,7 +141,9 @@ def simulate(
         accumulate: micro-batches per step.
 
     Raises:
-        SimulationError: the step needs values or kernels that a simulation does not have, or an argument is wrong.
+        SimulationError: the step needs values or kernels that a simulation does not have, or the batch, the optimizer
+            or the device is wrong.
+        ValueError: another argument is wrong.
 
     Example:
         >>> import torch
@@ -150,6 +153,8 @@ def simulate(
         >>> simulate(model, (16, 128)).peak_phase
         'backward'
     """
+    if extrapolate not in EXTRAPOLATE:
+        raise ValueError(f"extrapolate: got {extrapolate!r}, accepted are {', '.join(map(repr, EXTRAPOLATE))}")
     if not isinstance(batch, Mapping):
         batch = example_batch(model, *batch)
     options = StepOptions(

@@ -46,6 +46,19 @@ class StepOptions:
     train: bool = True
     accumulate: int = 1
 
+    def __post_init__(self) -> None:
+        """Raise SimulationError or ValueError where an option is none that a step can have."""
+        if self.device not in ("cpu", "cuda"):
+            raise SimulationError(f"device: got {self.device!r}, accepted are 'cpu' and 'cuda'")
+        if isinstance(self.accumulate, bool) or not isinstance(self.accumulate, int) or self.accumulate < 1:
+            raise ValueError(f"accumulate: got {self.accumulate!r}, accepted is an int >= 1")
+        if self.clip is not None and not (isinstance(self.clip, int | float) and self.clip > 0):
+            raise ValueError(f"clip: got {self.clip!r}, accepted is a number above 0, or None for no clipping")
+        if self.autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"autocast: got {self.autocast!r}, accepted are torch.bfloat16, torch.float16 and None")
+        if self.loss is not None and not callable(self.loss):
+            raise ValueError(f"loss: got {self.loss!r}, accepted is a function from the model's outputs to a scalar")
+
 
 def trace_step(
     model: nn.Module,
@@ -64,8 +77,6 @@ def trace_step(
     Raises:
         SimulationError: an operator that has no fake kernel, or a value or shape that depends on data.
     """
-    if options.device not in ("cpu", "cuda"):
-        raise SimulationError(f"device: got {options.device!r}, accepted are 'cpu' and 'cuda'")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     tracker = None
     collecting = gc.isenabled()
