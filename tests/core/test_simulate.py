@@ -12,6 +12,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.optimization import Adafactor
 
 from tightfit.core import memory
 from tightfit.core.errors import SimulationError
@@ -146,3 +147,21 @@ def test_missing_labels_and_wrong_names_are_refused():
 def test_an_option_that_no_step_can_have_is_named(name, value):
     with pytest.raises(ValueError, match=f"^{name}: got {value!r}, accepted"):
         plan(bert(), batch=(2, 8), fallback="measure", **{name: value})
+
+
+@pytest.mark.parametrize("factory", [torch.optim.Adagrad, torch.optim.ASGD])
+def test_an_optimizer_that_reads_numbers_of_its_state(factory):
+    others = memory.live_bytes()
+    model = bert()
+    batch = example_batch(model, 4, 32)
+    found = simulate(model, batch, optimizer=factory)
+    peak, _ = measured_peak(model, batch, factory(model.parameters()))
+    assert found.peak_bytes == pytest.approx(peak - others, rel=1e-4)
+
+
+def test_an_optimizer_that_reads_weights_is_named_as_the_place():
+    def reading(parameters):
+        return Adafactor(parameters, scale_parameter=True)
+
+    with pytest.raises(SimulationError, match="in the optimizer: it reads a tensor's value"):
+        simulate(bert(), (2, 8), optimizer=reading)

@@ -25,6 +25,7 @@ from tightfit.core.simulate.tracker import (
     CLIP,
     FORWARD,
     OPTIMIZER,
+    SETUP,
     ZERO_GRAD,
     Trace,
     Tracker,
@@ -177,7 +178,11 @@ def _optimizer(model: nn.Module, tracker: Tracker, options: StepOptions) -> torc
         for parameter in parameters:
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
-        optimizer.step()
+        unrecorded = Tracker(tracker.attribution, tracker.faker)  # answers for the numbers that a step reads
+        unrecorded.adopt(optimizer.state)
+        with unrecorded:
+            optimizer.step()
+        unrecorded.close()
         for parameter in parameters:
             parameter.grad = None
         tracker.static(_state(optimizer), "optimizer")
@@ -234,7 +239,8 @@ def _explained(error: Exception, model: nn.Module, tracker: Tracker | None) -> S
     if tracker is None:
         return SimulationError(f"{name}: cannot be copied for simulation ({type(error).__name__}: {error})")
     operator, module = tracker.failed or ("no operator", tracker.attribution.path(tracker.phase))
-    place = f"module {module}" if module else "the model's own forward"
+    outside = {SETUP: "the optimizer", OPTIMIZER: "the optimizer", CLIP: "clipping"}
+    place = f"module {module}" if module else outside.get(tracker.phase, "the model's own forward")
     reasons = {
         "DataDependentOutputException": "it reads a tensor's value, which a simulated tensor does not have",
         "DynamicOutputShapeException": "the shape of its output depends on a tensor's values",

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import sys
 import weakref
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
@@ -120,6 +121,15 @@ class Tracker(TorchDispatchMode):
                 self._sizes[number] = 0
                 self.trace.static[number] = 0
                 self.trace.categories[number] = "host"
+
+    def adopt(self, states: Mapping[Any, dict[str, Any]]) -> None:
+        """Put fake twins in the place of real tensors in an optimizer's state; those of single numbers keep them."""
+        for state in states.values():
+            for key, item in state.items():
+                if isinstance(item, torch.Tensor) and type(item) is not FakeTensor:
+                    with real_mode():
+                        state[key] = self.faker(item)
+                        set_value(state[key], item.clone() if is_small_value(item) else None)
 
     def forget(self, tensors) -> None:
         """Take static tensors back: the real step never makes them."""
