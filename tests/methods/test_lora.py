@@ -308,3 +308,18 @@ def test_an_export_leaves_the_live_adapters_alone(tmp_path):
     before = snapshot(model)
     applied.stock_state_dict()
     assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("kind", [None, "ia3", "embedding"])
+def test_adapters_on_a_model_in_float64(kind, tmp_path):
+    model = models.build("llama").double()
+    recipe = Lora(config=CONFIGS[kind]) if kind else Lora(rank=2)
+    found = tightfit.plan(model, recipe, batch=(2, 8)).verify()
+    assert abs(found.peak_error) < 1e-3
+    applied = tightfit.apply(model, recipe)
+    batch = models.batch(model)
+    train(model, applied.optimizer(lr=1e-2), batch, 2)
+    applied.save(tmp_path)
+    again = models.build("llama").double()
+    tightfit.load(again, tmp_path)
+    assert torch.equal(logits(again, batch), logits(model, batch))

@@ -252,6 +252,8 @@ class _AdapterHandle(Handle):
             meta = torch.device("meta") if is_planning() else contextlib.nullcontext()
             with meta, _repeatable(model) if self.weights else contextlib.nullcontext():
                 peft.inject_adapter_in_model(edit.config, model, adapter_name=ADAPTER, low_cpu_mem_usage=is_planning())
+            if is_planning():
+                _in_dtype_of_base(model)
             cast_adapter_dtype(model, ADAPTER)
         except BaseException:
             self.undo(model)
@@ -353,6 +355,18 @@ def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
             yield name, module
+
+
+def _in_dtype_of_base(model: nn.Module) -> None:
+    """What PEFT does with every new adapter that is not on meta."""
+    for _, layer in _adapters(model):
+        weight = getattr(_stock_part(layer), "weight", None)
+        if weight is None or not weight.is_floating_point():
+            continue
+        for kind in getattr(layer, "adapter_layer_names", ()):
+            held = getattr(layer, kind, ())
+            if ADAPTER in held:
+                held[ADAPTER] = held[ADAPTER].to(weight.dtype)
 
 
 def _stock_part(layer: Any) -> nn.Module:
