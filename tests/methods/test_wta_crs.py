@@ -447,6 +447,29 @@ def test_an_automatic_budget_follows_the_noise(caplog):
     assert part.report()["budget"] == (low, high)
 
 
+def test_an_automatic_budget_counts_each_step_once_and_on_from_a_checkpoint():
+    def fresh():
+        return applied_to("bert", WtaCrs(budget="auto", noise=0.05, min_rows=1), dtype=torch.float32, dropout=0.0)
+
+    def budgets(applied):
+        return [float(value) for key, value in applied.state_dict().items() if key.endswith("/budget")]
+
+    stock, applied = fresh()
+    batch = models.batch(stock, size=4, length=24)
+    for part in (1, 2):
+        optimizer = applied.optimizer(torch.optim.SGD, lr=0.0)
+        applied.adopt(optimizer)
+        for _ in range(AUTO_EVERY // 2):
+            assert set(budgets(applied)) == {0.3}
+            applied.model(**batch).loss.backward()
+            optimizer.step()
+        if part == 1:
+            state = applied.state_dict()
+            _, applied = fresh()
+            applied.load_state_dict(state)
+    assert max(budgets(applied)) > 0.3
+
+
 # -- bad input ----------------------------------------------------------------------------------------------------
 
 
@@ -504,7 +527,7 @@ def test_what_was_seen_is_saved_and_loaded(recipe, tmp_path):
     trained.save(tmp_path / "trained")
     assert tightfit.load(fresh(), tmp_path / "begun").state_dict().keys() == begun.state_dict().keys()
     again = tightfit.load(fresh(), tmp_path / "trained")
-    seen = [key for key in trained.state_dict() if not key.endswith("budget")]
+    seen = [key for key in trained.state_dict() if not key.endswith(("/budget", "/steps"))]
     assert seen and not set(seen) & set(begun.state_dict())
     assert set(again.state_dict()) == set(trained.state_dict())
     for key in seen:

@@ -226,9 +226,10 @@ class Applied:
         for handle in self._handles:
             if isinstance(handle, ParameterHandle):
                 handle.adopt(optimizer)
-        self._optimizers.add(optimizer)
-        for part in self.parts:
-            part.optimizer_made(optimizer)
+        if optimizer not in self._optimizers:  # the Trainer's callback hands over what is known already
+            self._optimizers.add(optimizer)
+            for part in self.parts:
+                part.optimizer_made(optimizer)
         return optimizer
 
     def callback(self, plan: Plan | int | None = None):

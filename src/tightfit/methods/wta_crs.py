@@ -176,6 +176,12 @@ class Sampling(Part):
                 codec.noise = noise if noise is not None and noise.numel() else None
                 codec.budget = own["budget"].item()
 
+    def training_tensors(self) -> dict[str, torch.Tensor]:
+        return {"steps": torch.tensor(self.steps)} if isinstance(self.transform.budget, str) else {}
+
+    def load_training_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.steps = int(tensors["steps"])
+
     def host_bytes(self) -> int:
         caches = (codec.scores for codec in self.codecs.values() if isinstance(codec.scores, Cached))
         return sum(0 if cache.lengths is None else cache.lengths.nbytes for cache in caches)
