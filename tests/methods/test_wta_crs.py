@@ -214,6 +214,11 @@ def test_cached_scores_know_examples():
         assert scores.expected((2, 2, 8), like).tolist() == [4, 8, 6, 6]  # unseen: the mean of those at hand
         with pytest.raises(RuntimeError, match=r"2 positions.*3.*running"):
             scores.expected((2, 3, 8), torch.ones(6))
+        kept = {name: tensor.clone() for name, tensor in scores.tensors().items()}
+        again = Cached(5)
+        again.load(kept)
+        again.observe(torch.ones(4), (2, 2, 8), index)
+        assert torch.equal(kept["lengths"].nan_to_num(), scores.tensors()["lengths"].nan_to_num())
 
 
 def test_an_overflow_under_a_loss_scale_leaves_no_trace_in_cached_scores():

@@ -125,7 +125,8 @@ class Cached(Scores):
         return {"lengths": torch.empty(0, 0, dtype=torch.bfloat16) if self.lengths is None else self.lengths}
 
     def load(self, tensors):
-        self.lengths = _seen(tensors.get("lengths"))
+        found = _seen(tensors.get("lengths"))
+        self.lengths = None if found is None else found.clone()  # it is written to
 
 
 def _seen(tensor: Tensor | None) -> Tensor | None:
