@@ -13,6 +13,8 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 import tightfit
 from tightfit import Lora, PartialEmbedding
 
+FEW = (0, *range(9, 50), 102, 119)
+
 
 class Rows(torch.utils.data.Dataset):
     def __init__(self, model, count=16, seed=0, ids=None):
@@ -102,7 +104,7 @@ def test_the_trainer_on_a_language_model(family, settings, tmp_path):
 
 
 def test_growth_under_the_trainer(tmp_path):
-    stock, applied = pair("bert", dropout=0.1, ids=(0, *range(9, 50), 102, 119), unknown="grow")
+    stock, applied = pair("bert", dropout=0.1, ids=FEW, unknown="grow")
     settings = {"save_strategy": "no", "eval_strategy": "no"}
     expected = trainer(stock, tmp_path, **settings)
     expected.train()  # making a trainer sets the seed
@@ -110,6 +112,19 @@ def test_growth_under_the_trainer(tmp_path):
     found.train()
     assert losses(found) == losses(expected)
     assert len(table(applied.model)) > 44
+
+
+@pytest.mark.parametrize("fields", [{"unknown": "grow", "ids": FEW}, {"decay_dropped": True}], ids=str)
+def test_rows_that_joined_or_shrank_are_resumed(fields, tmp_path):
+    ends = []
+    for resume in (None, tmp_path / "checkpoint-4"):
+        _, applied = pair("bert", dropout=0.1, **fields)
+        trainer(applied.model, tmp_path, applied, weight_decay=0.1).train(resume_from_checkpoint=resume)
+        ends.append({**applied.model.state_dict(), "kept": PartialEmbedding.of(applied).ids})
+    assert len(ends[0]["kept"]) > len(FEW)
+    for name, value in ends[0].items():
+        # shrunk rows are rounded once more where they come from a checkpoint
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-6 if "decay_dropped" in fields else 0, atol=0)
 
 
 def test_a_mask_inserted_by_the_collator_is_its_own_row():

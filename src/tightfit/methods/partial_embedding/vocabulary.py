@@ -24,12 +24,17 @@ class RowCodec:
     """Stands a full table in by its kept rows; the dropped rows wait in a host-side store.
 
     The first dimension of the tensor is the vocabulary.
+
+    Attributes:
+        home: the dropped rows. decay: what they have been shrunk by since.
+        given: they are from a state dict, whose rows are shrunk already.
     """
 
     def __init__(self, full: torch.Tensor, vocabulary: Vocabulary):
         self.vocabulary = vocabulary
         self.home = to_host(full, vocabulary.dropped)
         self.decay = 1.0
+        self.given = False
         vocabulary.codecs.append(self)
 
     def encode(self, full: torch.Tensor) -> torch.Tensor:
@@ -53,7 +58,7 @@ class RowCodec:
             )
         rest = _rows(full, vocabulary.dropped).detach()
         if self.decay != 1.0 or not torch.equal(rest.cpu(), self.home.to(rest.dtype)):
-            self.home, self.decay = to_host(rest), 1.0
+            self.home, self.decay, self.given = to_host(rest), 1.0, True
         return self.encode(full)
 
     def residue(self) -> torch.Tensor | None:
@@ -62,7 +67,7 @@ class RowCodec:
     def __deepcopy__(self, memo):
         twin = memo[id(self)] = object.__new__(RowCodec)
         # the store is replaced, never written to, so the copy can read the same one
-        twin.home, twin.decay = self.home, self.decay
+        twin.home, twin.decay, twin.given = self.home, self.decay, self.given
         twin.vocabulary = copy.deepcopy(self.vocabulary, memo)
         return twin
 
@@ -149,7 +154,7 @@ class Vocabulary(Part):
             return 0
         if processes.count() > 1:
             raise self.growth_refused()
-        self._refuse_strange_states()
+        self._refuse_strange_states(len(union))
         old_ids, full = self.ids, [codec.decode(_held(module, attribute)) for codec, module, attribute in self.tables]
         self._set(union)
         into = torch.searchsorted(self.ids, old_ids)
@@ -182,15 +187,18 @@ class Vocabulary(Part):
         if gradient is not None:
             tensor.grad = torch.zeros_like(grown).index_copy_(0, into, gradient)
 
-    def _refuse_strange_states(self) -> None:
-        """Moments go row by row with the table; a state of another layout (8-bit blocks) cannot be taken along."""
+    def _refuse_strange_states(self, rows: int) -> None:
+        """Moments go row by row with the table, or have its later `rows` already, where they are from a checkpoint.
+
+        A state of another layout (8-bit blocks) cannot be taken along.
+        """
         for _, module, attribute in self.tables:
             tensor = _held(module, attribute)
             for optimizer in self._optimizers:
                 for key, value in optimizer.state.get(tensor, {}).items():
                     if not torch.is_tensor(value) or value.numel() == 1:
                         continue
-                    by_row = value.shape[:1] == tensor.shape[:1]
+                    by_row = value.shape[:1] in (tensor.shape[:1], (rows,))
                     by_column = value.numel() == tensor[0].numel()
                     if not value.is_floating_point() or not (by_row or by_column):
                         raise StateError(
@@ -254,7 +262,14 @@ class Vocabulary(Part):
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         for codec, decay in zip(self.codecs, tensors.get("decay", torch.empty(0)).tolist()):
-            codec.decay = decay
+            if not codec.given:
+                codec.decay = decay
+
+    def training_tensors(self) -> dict[str, torch.Tensor]:
+        return {"ids": self.ids} if len(self.ids) != len(self.first_ids) else {}
+
+    def load_training_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.grow(tensors["ids"])
 
     def recipe_fields(self) -> dict[str, Any]:
         now = tuple(self.ids.tolist())
