@@ -13,7 +13,7 @@ from checks.transforms import CountCalls, Fails, HalfTable, OtherLinear, OtherTa
 from torch import nn
 
 import tightfit
-from tightfit import Checkpointing, Lora, PartialEmbedding, chain
+from tightfit import Checkpointing, Lora, PartialEmbedding, RecurrentMemory, chain
 
 
 def everything(model):
@@ -284,6 +284,25 @@ def test_a_stale_optimizer_is_stopped_and_can_be_adopted():
     applied.remove()
     with pytest.raises(tightfit.StateError, match=r"which remove\(\) took off.*build a new optimizer"):
         train(model, early, models.batch(model), 1)
+
+
+@pytest.mark.parametrize("recipe", [Lora(rank=2), RecurrentMemory(tokens=2, segment=4)], ids=str)
+def test_an_optimizer_made_before_what_the_recipe_adds_is_stopped(recipe):
+    model = models.build("llama")
+    early = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    applied = tightfit.apply(model, recipe)
+    with pytest.raises(
+        tightfit.StateError, match=r"AdamW: it was made without the parameters that the recipe .* added"
+    ):
+        train(model, early, models.batch(model), 2)
+    train(model, applied.optimizer(lr=1e-3), models.batch(model), 1)
+    train(model, early, models.batch(model), 2)  # another one has the others
+
+
+def test_an_optimizer_of_the_head_alone_is_left_alone():
+    model = models.build("bert")
+    _applied = tightfit.apply(model, Lora(rank=2))
+    train(model, torch.optim.SGD(model.classifier.parameters(), lr=0.1), models.batch(model), 2)
 
 
 def test_other_optimizers_are_left_alone():

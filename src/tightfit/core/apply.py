@@ -421,16 +421,25 @@ def _added(model: nn.Module, handles: list[Handle], flags: Flags) -> list[tuple[
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
 
 
+def _made_before(applied: Applied, held: set[int]) -> bool:
+    """Whether an optimizer of these parameters is one of the stock model: it has one that was frozen since, or all."""
+    stock = [p for p, trained in applied._flags.values() if trained and id(p) not in applied._replaced]
+    frozen = any(id(p) in held and not p.requires_grad for p in stock)
+    return frozen or (bool(stock) and {id(p) for p in stock} <= held)
+
+
 class _StaleCheck:
     """Stops an optimizer whose steps would leave untrained, silently, what the recipe trains.
 
-    It still holds a replaced stock parameter, or somebody has frozen what the recipe added, or replaced some of it.
-    Warns where a quantised base trains with nothing added to it, which no one asks for in so many words.
+    It still holds a replaced stock parameter, or was made before what the recipe added, or somebody has frozen that, or
+    replaced some of it. Warns where a quantised base trains with nothing added to it, which no one asks for in so many words.
     """
 
     def __init__(self, applied: weakref.ref[Applied]):
         self.applied = applied
         self.seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self.early: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self.added_trains = False
 
     def __call__(self, optimizer, args, kwargs):
         applied = self.applied()
@@ -439,6 +448,12 @@ class _StaleCheck:
         if optimizer not in self.seen:
             self._check_added(applied, optimizer)
             self.seen.add(optimizer)
+        elif optimizer in self.early and not self.added_trains:  # no other optimizer has stepped with it meanwhile
+            raise StateError(
+                f"{type(optimizer).__name__}: it was made without the parameters that the recipe {applied.recipe} added "
+                f"({shorten([name for name, _ in applied._added], 3)}), so they would not train; build it after "
+                f"tightfit.apply(), with applied.optimizer(...)"
+            )
         if not applied._replaced:
             return
         for i, group in enumerate(optimizer.param_groups):
@@ -453,7 +468,8 @@ class _StaleCheck:
     def _check_added(self, applied: Applied, optimizer: torch.optim.Optimizer) -> None:
         now = dict(applied.model.named_parameters())
         own = {id(parameter) for parameter in now.values()}
-        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not held & own:
             return
         if not applied._added:
             told = only_unpacked(applied.model)
@@ -467,6 +483,10 @@ class _StaleCheck:
             if id(p) not in own and type(now.get(name)) is nn.Parameter and not is_sharded(now[name])
         ]
         if not replaced and len(frozen) < len(applied._added):
+            if any(id(p) in held or id(now.get(name)) in held for name, p in applied._added):
+                self.added_trains = True
+            elif _made_before(applied, held):
+                self.early.add(optimizer)
             return
         raise StateError(
             f"{type(optimizer).__name__}: parameters that the recipe {applied.recipe} added ("
