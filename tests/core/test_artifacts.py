@@ -45,7 +45,7 @@ def truncate(folder):
 
 def resign(folder):
     """Fit the digest to the tensor file, so that what comes after it is reached."""
-    edit(folder, lambda d: d.update(tensors_sha256=artifacts._file_digest(folder / TENSORS)))
+    edit(folder, lambda d: d.update(tensors_sha256=artifacts.file_digest(folder / TENSORS)))
 
 
 def corrupt_header(folder):

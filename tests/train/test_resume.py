@@ -123,6 +123,22 @@ def test_damaged_checkpoints_are_passed_over(folder, tmp_path, monkeypatch):
     assert not (saved / ".checkpoint-8.abc").exists()
 
 
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json", "recipe.json", "trainer_state.json"])
+def test_a_checkpoint_with_other_bytes_is_refused(folder, tmp_path, monkeypatch, name):
+    """In files that still can be read another bit would be other weights in the end."""
+    file = recipe_file(folder, [], tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 6)
+        with pytest.raises(Killed):
+            train(file)
+    path = tmp_path / "run" / "checkpoints" / "checkpoint-5" / name
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=rf"checkpoint-5: .* \(ValueError: {name} holds other bytes .* remove that"):
+        train(file, resume=True)
+
+
 def test_no_checkpoint_yet_begins_again(folder, tmp_path, monkeypatch):
     whole = train(recipe_file(folder, [], tmp_path / "whole"))
     file = recipe_file(folder, [], tmp_path / "cut")

@@ -62,7 +62,7 @@ def save(applied: Applied, folder: str | os.PathLike) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / RECIPE_FILE) as recipe, replacing(folder / TENSOR_FILE) as data:
             _write_tensors(tensors, data)
-            document["tensors_sha256"] = _file_digest(data)
+            document["tensors_sha256"] = file_digest(data)
             recipe.write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
@@ -346,7 +346,7 @@ def _read_tensors(folder: Path, document: dict[str, Any]) -> dict[str, torch.Ten
     path = folder / TENSOR_FILE
     if not path.is_file():
         raise ArtifactError(f"{folder}: no {TENSOR_FILE}; the artifact is incomplete")
-    found = _file_digest(path)
+    found = file_digest(path)
     if found != document["tensors_sha256"]:
         raise ArtifactError(
             f"{path}: SHA-256 {found[:16]}... does not match {document['tensors_sha256'][:16]}... in {RECIPE_FILE}; "
@@ -358,7 +358,8 @@ def _read_tensors(folder: Path, document: dict[str, Any]) -> dict[str, torch.Ten
         raise ArtifactError(f"{path}: cannot be read ({error})") from error
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 over a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -8,7 +8,7 @@ A checkpoint is a folder `checkpoint-<step>`:
     parts.safetensors                   optimizer state that methods hold themselves, where there is some
     process-<n>.safetensors             what methods keep in process n, where it is not what they keep in process 0
     trainer_state.json                  the Trainer's own state
-    complete.json                       the files and their sizes, written last
+    complete.json                       the files, their sizes and digests, written last
 
 It is written under another name, synced and renamed, so a run killed at any moment leaves whole checkpoints
 only; `complete.json` guards against what happens to a folder afterwards.
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tightfit.core.artifacts import replacing, replacing_folder, write_text
+from tightfit.core.artifacts import file_digest, replacing, replacing_folder, write_text
 from tightfit.core.errors import ArtifactError, RecipeError, StateError, TightfitError
 from tightfit.train.failures import is_no_space, no_space
 
@@ -128,8 +128,10 @@ def _write(
                 save_file(tensors, file)
         write_text(temporary / STATE_FILE, text)
         trainer_state.save_to_json(str(temporary / TRAINER_FILE))
-        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-        write_text(temporary / COMPLETE_FILE, json.dumps({"files": sizes}))
+        written = sorted(temporary.iterdir())
+        sizes = {file.name: file.stat().st_size for file in written}
+        digests = {file.name: file_digest(file) for file in written}
+        write_text(temporary / COMPLETE_FILE, json.dumps({"files": sizes, "sha256": digests}))
 
 
 def is_complete(path: Path) -> bool:
@@ -139,6 +141,14 @@ def is_complete(path: Path) -> bool:
         return bool(sizes) and all((path / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def check_unchanged(path: Path) -> None:
+    """See that the files of a complete checkpoint hold what was written. Raises: ArtifactError."""
+    with intact(path):
+        for name, digest in json.loads((path / COMPLETE_FILE).read_text(encoding="utf-8"))["sha256"].items():
+            if file_digest(path / name) != digest:
+                raise ValueError(f"{name} holds other bytes than were written")
 
 
 def checkpoints(folder: Path) -> list[Path]:

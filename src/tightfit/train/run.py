@@ -197,6 +197,7 @@ def train(
         predicted = _predicted(file, prepared, recipe, model, echo)
         applied = apply(model, recipe)
     else:
+        checkpoints.check_unchanged(last)
         echo(f"resuming from {last}")
         recipe = Recipe.from_list(_methods(last))
         predicted = _predicted(file, prepared, recipe, model, echo)
