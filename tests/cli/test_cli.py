@@ -103,6 +103,7 @@ def test_plan_over_budget(recipe):
         ("methods=[{Lora: {ranks: 8}}]", ["Lora.ranks", "unknown field", "rank"]),
         ("methods=[{Lora: {rank: -1}}]", ["rank", "-1"]),
         ("methods=[Lora, Lora]", ["Lora"]),
+        ("methods=[{Velora: {groups: 99}}]", ["Velora(groups=99)", "give at most 16 groups"]),
         ("train.epoch=1", ["train.epoch", "unknown key", "epochs"]),
         ("train.epochs=many", ["train.epochs", "'many'"]),
         ("data.label=labels", ["labels", "train.tsv", "label"]),

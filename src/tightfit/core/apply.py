@@ -17,7 +17,7 @@ from tightfit.core import hfmodel
 from tightfit.core.conflicts import Conflict, find_conflicts, repeated
 from tightfit.core.edit import load_part_tensors, part_tensors
 from tightfit.core.edits import Edit, Handle, ParameterHandle, Part
-from tightfit.core.errors import ConflictError, StateError, shorten
+from tightfit.core.errors import ConflictError, RecipeError, StateError, TightfitError, shorten
 from tightfit.core.later import made
 from tightfit.core.parameter import gathered, is_sharded
 from tightfit.core.quantised import TrainableInEvaluation, only_unpacked, packed_for_inference
@@ -38,14 +38,22 @@ def resolve(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[Transform, Edi
 
     Every selector is resolved on the untouched model. The order is fixed by slot, then method, then place, so
     the order of the recipe cannot matter.
+
+    Raises:
+        RecipeError: a transform lacks a field, or has a value that does not fit this model.
     """
     conflicts = repeated(recipe.transforms)
     for transform in recipe:
         missing = transform.unfilled()
         if missing:
-            raise ValueError(f"{type(transform).__name__}: {missing}")
-    context = Context(frozenset(name for t in recipe for name in t.freezes(model)))
-    planned = [] if conflicts else [(t, edit) for t in recipe for edit in t.edits(model, context)]
+            raise RecipeError(f"{type(transform).__name__}: {missing}")
+    try:
+        context = Context(frozenset(name for t in recipe for name in t.freezes(model)))
+        planned = [] if conflicts else [(t, edit) for t in recipe for edit in t.edits(model, context)]
+    except TightfitError:
+        raise
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     for transform, edit in planned:
         assert edit.slot in transform.touches, f"{type(transform).__name__} does not declare slot {edit.slot.label}"
     # within a slot, an edit that owns its place comes before those that make room for it
@@ -62,6 +70,7 @@ def apply(model: nn.Module, recipe: Recipe | Transform | list | tuple | None) ->
 
     Raises:
         ConflictError: two transforms claim the same place; the model is untouched.
+        RecipeError: a method lacks a field, or has a value that does not fit this model; the model is untouched.
         UnsupportedModelError: a method cannot work on this architecture; the model is untouched.
         StateError: the model carries a recipe already, or is wrapped or sharded.
 

@@ -183,7 +183,8 @@ def plan(
         DataError: a malformed batch, or one that the model cannot be called with.
         SimulationError: the step cannot be simulated; names the operator and the module.
         UnsupportedModelError: a method of the recipe cannot work on this model.
-        ValueError, TypeError: an incomplete recipe, something else than a model, or an option that no step can have.
+        RecipeError: an incomplete recipe, or a value in it that does not fit this model.
+        ValueError, TypeError: something else than a model, or an option that no step can have.
 
     Example:
         >>> import tightfit
