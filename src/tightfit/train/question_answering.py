@@ -50,7 +50,7 @@ def load_questions(file: RecipeFile, tokenizer: Any) -> TaskData:
     points at its first token. Without eval data whole contexts are held out.
 
     Raises:
-        DataError: a question whose answer is not in its context where it says.
+        DataError: a question whose answer is not in its context where it says, or that leaves too few tokens for it.
     """
     from transformers import DataCollatorWithPadding
 
@@ -278,7 +278,7 @@ def _checked(question: Question, place: str) -> Question:
     for text, start in zip(question.answers, question.starts, strict=True):
         if isinstance(start, bool) or not isinstance(start, int):
             raise DataError(f"{place}: answer_start is {start!r}, accepted is a whole number")
-        there = question.context[start : start + len(text)]
+        there = question.context[start : start + len(text)] if start >= 0 else ""
         if there != text or not text:
             raise DataError(f"{place}: the answer {text!r} is not at character {start} of the context, {there!r} is")
     return question
