@@ -279,6 +279,15 @@ def test_a_text_without_a_token_is_refused(tmp_path):
     assert str(path) in message and "no token of the train text" in message
 
 
+@pytest.mark.parametrize("data", [{"text": "t"}, {"text": "t", "packed": True}])
+def test_a_length_that_leaves_nothing_to_learn(tmp_path, data):
+    path = write(tmp_path / "a.jsonl", json.dumps({"t": "good film"}))
+    with_more = recipe("causal-lm", {"max_length": 2}, train=path, eval=path, **data)
+    assert len(load_data(with_more, wordpiece()).train)
+    message = refused(recipe("causal-lm", {"max_length": 1}, train=path, eval=path, **data))
+    assert "train.max_length: 1 leaves no token with a label in the train rows" in message
+
+
 def test_rows_end_and_packed_rows_are_joined(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"t": "good film"}\n{"t": "bad"}\n')
     tokenizer = bytes_bpe(eos_token="<end>", pad_token="<pad>")
@@ -461,9 +470,10 @@ def test_questions_are_windowed_and_answers_found(tmp_path):
     }
     assert "fox" in spans and spans <= {"fox", "[CLS]"}
     assert len(data.train) > 1 and "1 train questions make" in data.notes[0]
-    assert "the answer 'fox' is not at character 3" in refused(
-        recipe("question-answering", train=squad(tmp_path / "b.json", start=3), eval=path)
-    )
+    for start in (3, -21):
+        assert f"the answer 'fox' is not at character {start}" in refused(
+            recipe("question-answering", train=squad(tmp_path / "b.json", start=start), eval=path)
+        )
 
 
 @pytest.mark.parametrize("answer", ["fo\u0307x\u0307", "\u200bfox "])

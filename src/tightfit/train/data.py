@@ -73,7 +73,21 @@ def load_data(file: RecipeFile, tokenizer: Any) -> TaskData:
         "question-answering": load_questions,
         "image-classification": load_images,
     }
-    return loaders[file.task](file, tokenizer)
+    found = loaders[file.task](file, tokenizer)
+    if file.task in ("token-classification", "causal-lm", "seq2seq-lm"):
+        _check_targets(found, file.train.max_length)
+    return found
+
+
+def _check_targets(data: TaskData, max_length: int) -> None:
+    """Raise DataError where no token of a set is left to learn: its loss would not be a number."""
+    first = 1 if data.task == "causal-lm" else 0  # nothing predicts the first token
+    for split, rows in (("train", data.train), ("eval", data.eval)):
+        labels = (row.as_py()[first:] for row in rows.data.column("labels"))
+        if all(label == IGNORED for row in labels for label in row):
+            raise DataError(
+                f"train.max_length: {max_length} leaves no token with a label in the {split} rows; give more"
+            )
 
 
 def longest_batch(data: TaskData, batch_size: int, collator: Callable | None = None) -> dict:
