@@ -18,9 +18,9 @@ from transformers.trainer_callback import TrainerState
 
 import tightfit
 from tightfit.core.errors import ArtifactError, RecipeError, TrainingError
-from tightfit.train import callbacks, checkpoints, trainer
-from tightfit.train.folder import read_metrics, read_run
-from tightfit.train.run import train
+from tightfit.train import callbacks, checkpoints, run, trainer
+from tightfit.train.folder import held, read_metrics, read_run
+from tightfit.train.run import prepare, train
 from tightfit.train.stopping import StopRequest, Terminated
 
 pytestmark = pytest.mark.usefixtures("the_weights")
@@ -333,6 +333,23 @@ def test_processes_agree_on_the_step_to_stop_after(monkeypatch):
     assert asked.agree(torch.device("cpu")) is True and seen == [0, signal.SIGTERM]
     assert isinstance(asked.error(), Terminated)
     assert not asked.receive(signal.SIGTERM) and not asked.receive(signal.SIGINT)
+
+
+def test_one_run_at_a_time_in_a_folder(folder, tmp_path, monkeypatch):
+    file = recipe_file(folder, [], tmp_path / "run", max_steps=1)
+    with held(file, resume=False):
+        for resume in (False, True):
+            with pytest.raises(RecipeError, match=f"another run is at work in {file.output}"):
+                train(file, resume=resume)
+
+    def while_another_begins(*args):
+        (file.output / "recipe.yaml").write_text("model: another")
+        return prepare(*args)
+
+    monkeypatch.setattr(run, "prepare", while_another_begins)
+    with pytest.raises(RecipeError, match="exists and is not empty"):
+        train(file)
+    assert [path.name for path in file.output.iterdir()] == ["recipe.yaml"]
 
 
 @pytest.mark.parametrize("left", [["run.json"], ["run.json", ".recipe.yaml.abc"], [".run.json.abc"]])

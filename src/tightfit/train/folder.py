@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tightfit._version import __version__
+from tightfit.core import processes
 from tightfit.core.artifacts import RECIPE_FILE, TENSOR_FILE, write_text
 from tightfit.core.documents import parse_json
 from tightfit.core.errors import ArtifactError, RecipeError
@@ -79,7 +82,7 @@ def check_free(file: RecipeFile, resume: bool) -> None:
     try:
         os.stat(folder)
     except (FileNotFoundError, NotADirectoryError):
-        pass  # `prepare` makes it, or says why not
+        pass  # `held` makes it, or says why not
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RecipeError(f"output: {str(folder)[:80]!r} cannot be used: {reason}") from None
@@ -102,6 +105,37 @@ def check_free(file: RecipeFile, resume: bool) -> None:
                 f"{key}: is {now!r}, the run in {folder} has {was!r}; resume with the same recipe file, or name "
                 f"another output"
             )
+
+
+@contextlib.contextmanager
+def held(file: RecipeFile, resume: bool) -> Iterator[None]:
+    """Make the output folder and keep it to this run, of several processes to the first one.
+
+    Raises:
+        RecipeError: it cannot be made, another run is at work in it, or has been since it was seen to be free.
+    """
+    if processes.rank():
+        yield
+        return
+    folder = file.output
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"output: {folder} cannot be created: {error.strerror}") from None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(
+                f"output: another run is at work in {folder}; wait until it has ended, or name another output"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        check_free(file, resume)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _is_beginning(folder: Path) -> bool:
@@ -128,19 +162,15 @@ def _differences(one: Any, other: Any, key: str = "") -> list[tuple[str, Any, An
 
 
 def prepare(file: RecipeFile, data: TaskData, seen: str) -> None:
-    """Create the run folder with its recipe, or check that the data are still those of the run.
+    """Write the run folder's first files, or check that the data are still those of the run.
 
     Args:
         seen: the recipe as it will be applied, for the reader.
 
     Raises:
-        RecipeError: the folder cannot be created, or the data changed since the run began.
+        RecipeError: the data changed since the run began.
     """
     folder = file.output
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"output: {folder} cannot be created: {error.strerror}") from None
     if (folder / RECIPE).is_file() and (folder / RUN).is_file():
         was = read_run(folder)["data"]["fingerprint"]
         if was != data.fingerprint:

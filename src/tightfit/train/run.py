@@ -202,18 +202,19 @@ def train(
         recipe = Recipe.from_list(_methods(last))
         predicted = _predicted(file, prepared, recipe, model, echo)
         applied = load(model, last)
-    _in_turn(lambda: folder.prepare(file, prepared.data, str(applied.recipe)))
     stop = StopRequest()
-    try:
-        result = _run(file, prepared, applied, last, predicted, stop, echo)
-    except Exception as error:
-        if is_no_space(error) and not isinstance(error, TrainingError):
-            raise no_space(file.output, unwritten(error)) from error
-        if not is_out_of_memory(error) or processes.launched() > 1:
-            raise
-        del applied, model  # their memory is needed to look for another recipe
-        gc.collect()
-        raise out_of_memory(error, file, prepared, predicted, echo) from error
+    with folder.held(file, resume):
+        try:
+            _in_turn(lambda: folder.prepare(file, prepared.data, str(applied.recipe)))
+            result = _run(file, prepared, applied, last, predicted, stop, echo)
+        except Exception as error:
+            if is_no_space(error) and not isinstance(error, TrainingError):
+                raise no_space(file.output, unwritten(error)) from error
+            if not is_out_of_memory(error) or processes.launched() > 1:
+                raise
+            del applied, model  # their memory is needed to look for another recipe
+            gc.collect()
+            raise out_of_memory(error, file, prepared, predicted, echo) from error
     if result is None:
         raise stop.error()
     return result
