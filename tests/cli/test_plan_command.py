@@ -166,6 +166,8 @@ def test_a_step_that_cannot_be_simulated(recipe, monkeypatch):
         (["RECIPE", "--budget", "900TiB"], ["of this machine has", "--elsewhere"]),
         (["RECIPE", "--budget", "24"], ["without a unit"]),
         (["RECIPE", "--budget", "1GiB", "--output", "nowhere/x.yaml"], ["no folder nowhere"]),
+        (["RECIPE", "--html", "nowhere/x.html"], ["--html", "no folder nowhere"]),
+        (["RECIPE", "--html", "."], ["--html", "a folder"]),
         (["RECIPE", "methods=[Lora, Lora]"], ["cannot be applied", "Lora"]),
         (["--model", "MODEL", "--data", "x.tsv", "--budget", "1GiB"], ["task: cannot be told", "--task"]),
         (["--model", "/nowhere", "--data", "x.tsv", "--budget", "1GiB"], ["/nowhere"]),

@@ -70,6 +70,10 @@ class Wishes:
         for name, given in alone.items():
             if given and self.without_recipe:
                 raise RecipeError(f"plan: {name} is for a recipe file; give one in place of --model and --data")
+        if self.html is not None and self.html.is_dir():
+            raise RecipeError(f"plan: --html is {self.html}, a folder; name a file")
+        if self.html is not None and not self.html.parent.is_dir():
+            raise RecipeError(f"plan: --html is {self.html}, there is no folder {self.html.parent}")
         if self.device not in (None, "cpu", "cuda"):
             raise RecipeError(f"plan: --device is {self.device!r}, accepted are cpu and cuda")
         from tightfit.core.recommend import TUNE
