@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import math
 import xml.etree.ElementTree as tree
 
 import pytest
@@ -55,6 +57,12 @@ def test_what_is_written(folder, found):
     assert {p.name for p in (out / "runs").iterdir()} == {"stock", "partialembedding", "lora-checkpointing"}
     head, rows = table_rows(found[0])
     assert head[-1] == "accuracy" and rows[0][3] == "1.00" and len(rows) == 3
+
+
+def test_figures_that_are_no_numbers_are_null_in_json(found):
+    row = dataclasses.replace(found[0].rows[0], metric=math.inf, metrics={"loss": math.nan})
+    text = json.dumps(dataclasses.replace(found[0], rows=(row,)).to_dict(), allow_nan=False)
+    assert json.loads(text)["rows"][0]["metric"] is None
 
 
 def test_resume_keeps_finished_runs(folder, found):
@@ -132,7 +140,5 @@ def test_labels_cover_neither_each_other_nor_the_points(spots):
 
 
 def test_a_plot_of_one_row(found, tmp_path):
-    import dataclasses
-
     one = dataclasses.replace(found[0], rows=found[0].rows[:1])
     assert draw_comparison(one, tmp_path / "a.png", tmp_path / "a.svg").startswith("<svg")

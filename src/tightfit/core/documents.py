@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import yaml
@@ -28,6 +29,19 @@ def parse_json(text: str) -> Any:
         raise ValueError(f"nested deeper than {DEPTH} levels") from None
     check_document(value, len(text))
     return value
+
+
+def finite(value: Any) -> Any:
+    """Plain values as JSON can hold them: None for a number that is not finite.
+
+    >>> finite({"loss": [0.5, float("nan")]})
+    {'loss': [0.5, None]}
+    """
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class ShallowLoader(yaml.SafeLoader):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tightfit.core.apply import Applied, apply
+from tightfit.core.documents import finite
 from tightfit.core.errors import RecipeError, SimulationError
 from tightfit.core.memory import Measurement, interleave, measure
 from tightfit.core.simulate.eight_bit import adamw_8bit, embedding_tables
@@ -74,7 +75,8 @@ class Comparison:
     rows: tuple[Row, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The comparison as JSON values."""
+        return finite(dataclasses.asdict(self))
 
 
 def training_step(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
+from tightfit.core.documents import finite
 from tightfit.core.plan import mib
 from tightfit.train.metrics import is_score
 from tightfit.train.stopping import StopRequest
@@ -178,8 +178,7 @@ class ProgressBar(TrainerCallback):
 
 def append_line(path: Path, values: dict[str, Any]) -> None:
     """Append one line of JSON in a single write and sync it."""
-    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    line = json.dumps(plain) + "\n"
+    line = json.dumps(finite(values)) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         os.write(descriptor, line.encode("utf-8"))
