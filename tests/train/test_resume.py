@@ -158,6 +158,9 @@ def test_resume_without_a_run_starts_one_and_a_finished_run_is_only_told(folder,
     heard = []
     again = train(file, resume=True, echo=heard.append)
     assert again == first and any("finished" in line for line in heard)
+    (tmp_path / "run" / "recipe.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"recipe\.json: not valid JSON"):
+        train(file, resume=True)
 
 
 def test_a_changed_recipe_or_changed_data_is_refused(folder, tmp_path, monkeypatch):

@@ -247,6 +247,8 @@ RUN = {
     },
     "result": {
         "metrics": {"accuracy": 0.5},
+        "metric_name": "accuracy",
+        "metric": 0.5,
         "steps": 3,
         "train_seconds": 1.5,
         "trainable_parameters": 3,
@@ -255,6 +257,8 @@ RUN = {
         "peak_bytes": 5,
         "predicted_peak_bytes": None,
         "saved_bytes": 3,
+        "step_seconds": 0.5,
+        "exact": False,
     },
 }
 METRICS = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25, "eval_loss": 0.1, "eval_accuracy": 1.0}]

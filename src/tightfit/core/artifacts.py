@@ -146,7 +146,7 @@ def read(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Ten
     Raises:
         ArtifactError: a file is missing or damaged.
     """
-    document = _read_document(Path(folder))
+    document = read_document(Path(folder))
     return document, _read_tensors(Path(folder), document)
 
 
@@ -297,7 +297,8 @@ def _check_base(folder: Path, verb: str, saved: dict[str, str], here: dict[str, 
             )
 
 
-def _read_document(folder: Path) -> dict[str, Any]:
+def read_document(folder: Path) -> dict[str, Any]:
+    """The `recipe.json` that `save` wrote. Raises: ArtifactError: it is missing or damaged."""
     path = folder / RECIPE_FILE
     if not path.is_file():
         raise ArtifactError(f"{folder}: no {RECIPE_FILE}; give the folder that Applied.save wrote")

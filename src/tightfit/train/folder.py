@@ -50,6 +50,8 @@ class _Data(_Part):
 
 class _Result(_Part):
     steps: int
+    metric_name: str
+    metric: float
     metrics: dict[str, float]
     train_seconds: float
     trainable_parameters: int
@@ -58,6 +60,8 @@ class _Result(_Part):
     peak_bytes: int
     predicted_peak_bytes: int | None
     saved_bytes: int
+    step_seconds: float
+    exact: bool
 
 
 class _Run(_Part):

@@ -13,7 +13,7 @@ import torch
 
 from tightfit.core import processes
 from tightfit.core.apply import Applied, apply
-from tightfit.core.artifacts import load, replacing_folder
+from tightfit.core.artifacts import load, read_document, replacing_folder
 from tightfit.core.errors import ConflictError, RecipeError, SimulationError, TrainingError
 from tightfit.core.hub import check_repository, push
 from tightfit.core.memory import end_left_profiles
@@ -199,7 +199,7 @@ def train(
     else:
         checkpoints.check_unchanged(last)
         echo(f"resuming from {last}")
-        recipe = Recipe.from_list(_methods(last))
+        recipe = Recipe.from_list(read_document(last)["methods"])
         predicted = _predicted(file, prepared, recipe, model, echo)
         applied = load(model, last)
     stop = StopRequest()
@@ -349,14 +349,8 @@ def _newest(file: RecipeFile) -> Path | None:
     return found[-1] if found else None
 
 
-def _methods(checkpoint: Path) -> Any:
-    import json
-
-    return json.loads((checkpoint / "recipe.json").read_text(encoding="utf-8"))["methods"]
-
-
 def _stored(file: RecipeFile, values: dict[str, Any]) -> RunResult:
-    return RunResult(output=file.output, recipe=Recipe.from_list(_methods(file.output)), **values)
+    return RunResult(output=file.output, recipe=Recipe.from_list(read_document(file.output)["methods"]), **values)
 
 
 def _is_score(key: str) -> bool:
