@@ -195,6 +195,26 @@ def test_nested_configs_are_renumbered(tmp_path):
     assert report.ids[small.config.image_token_index] == len(tokenizer) - 3
 
 
+def test_marians_second_size_of_the_vocabulary_follows(tmp_path):
+    tokenizer = mbart()
+    model = hf.MarianMTModel(hf.MarianConfig(**BART, **sized(tokenizer), decoder_start_token_id=1)).eval()
+    report = trim_model(model, tokenizer, seen(tokenizer, USED), tmp_path / "small", close=True)
+    small = hf.MarianMTModel.from_pretrained(tmp_path / "small").eval()
+    ids = torch.tensor(report.ids)
+    assert small.config.vocab_size == small.config.decoder_vocab_size == len(ids)
+    batch = encoded(tokenizer, USED)
+    renumbered = batch | {"input_ids": torch.searchsorted(ids, batch["input_ids"])}
+    torch.testing.assert_close(run(small, renumbered).logits, run(model, batch).logits[..., ids])
+
+
+def test_further_tensors_by_token_id_are_refused(tmp_path):
+    tokenizer = bert()
+    model = hf.IBertForMaskedLM(hf.IBertConfig(**SIZE, **sized(tokenizer)))
+    with pytest.raises(UnsupportedModelError, match=r"further tensors by token id.*word_embeddings\.weight_integer"):
+        trim_model(model, tokenizer, seen(tokenizer, USED), tmp_path / "small")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_source_stays_as_it_is(tmp_path):
     model, tokenizer = make_t5()
     state = {k: (v.data_ptr(), v.clone()) for k, v in model.state_dict().items()}

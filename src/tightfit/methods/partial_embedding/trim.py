@@ -208,6 +208,13 @@ def _small_model(model: Any, tables: Tables, ids: tuple[int, ...], rank: Mapping
     for tensor in tables.all:
         kept = tensor.tensor.detach().index_select(tensor.dim, index.to(tensor.tensor.device))
         state.update({alias.name: kept for alias in tensor.aliases if alias.name in state})
+    others = [
+        name for name, tensor in small.state_dict().items() if name in state and state[name].shape != tensor.shape
+    ]
+    if others:
+        raise UnsupportedModelError(
+            f"trim: {type(model).__name__} has further tensors by token id, whose rows would stay: {shorten(others)}"
+        )
     # assigned, so that dtypes stay, nothing is copied, and a head that was untied by its checkpoint stays untied
     small.load_state_dict(state, assign=True)
     _tie_as(small, model)
@@ -229,8 +236,9 @@ def _tie_as(small: nn.Module, model: nn.Module) -> None:
 def _renumber(config: Any, size: int, rank: Mapping[int, int]) -> bool:
     """Renumber a config and those nested in it, in place; whether any of them named the vocabulary's size."""
     found = getattr(config, "vocab_size", None) == size
-    if found:
-        config.vocab_size = len(rank)
+    for name in {"vocab_size", *vars(config)}:
+        if name.endswith("vocab_size") and getattr(config, name, None) == size:  # Marian's decoder_vocab_size
+            setattr(config, name, len(rank))
     _renumber_fields(config, rank)
     nested = [value for value in vars(config).values() if hasattr(value, "to_dict") and hasattr(value, "model_type")]
     return any([found, *(_renumber(value, size, rank) for value in nested)])
