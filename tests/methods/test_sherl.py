@@ -43,6 +43,11 @@ def test_scores_of_zero_give_shares_of_zero(z):
     assert torch.isfinite(z.grad).all()
 
 
+def test_a_score_below_zero_is_none():
+    z = torch.eye(3).expand(2, 3, 3)
+    torch.testing.assert_close(weights(z, torch.tensor([-5.0, 1.0, 3.0])), torch.tensor([0.0, 0.25, 0.75]).expand(2, 3))
+
+
 def slow(model, base, ids):
     """Logits by hand, one token and one tap at a time, without padding."""
     net = side_nets(model)[0]
