@@ -342,7 +342,7 @@ def test_evaluation_and_generation_leave_no_gradients():
         ({"groups": 0}, r"groups=\.\.\.\): got 0"),
         ({"groups": 4, "probe": 0}, r"probe=\.\.\.\): got 0"),
         ({"groups": 4, "probe": 5}, r"got 5 of 4 groups, accepted is 1 to 4"),
-        ({"scale": float("nan")}, r"scale=\.\.\.\): got nan"),
+        ({"scale": float("nan")}, r"scale=\.\.\.\): got nan, accepted is a number in \(-inf, inf\)"),
         ({"max_resident": 63}, r"one token could not have its rows; give max_resident >= 64"),
         ({"groups": 90}, r"the width 6144 is not a multiple of it; give a divisor, the nearest are 64 and 96|96 and"),
         ({"groups": 1024, "probe": 8}, r"8 groups hold 48 rows, fewer than top_k=64"),

@@ -56,7 +56,7 @@ def check_float(
     value = getattr(transform, field)
     if optional and value is None:
         return
-    left, right = "(" if open_low else "[", ")" if open_high or high == math.inf else "]"
+    left, right = "(" if open_low or low == -math.inf else "[", ")" if open_high or high == math.inf else "]"
     bound = f"a number in {left}{low}, {high}{right}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{_owner(transform, field)}: got {value!r} ({type(value).__name__}), accepted is {bound}")
