@@ -1,6 +1,7 @@
 """Sherl: the aggregation, the late blocks, exact start, generation, and what is refused."""
 
 import copy
+import math
 
 import models
 import pytest
@@ -13,7 +14,7 @@ import tightfit
 from tightfit import Lora, Sherl
 from tightfit.core.edits import planning
 from tightfit.core.memory import saved_bytes
-from tightfit.methods.side.sherl import redundancy, weights
+from tightfit.methods.side.sherl import SherlNet, redundancy, weights
 
 FAMILIES = ("bert", "llama", "t5", "bart")
 
@@ -46,6 +47,16 @@ def test_scores_of_zero_give_shares_of_zero(z):
 def test_a_score_below_zero_is_none():
     z = torch.eye(3).expand(2, 3, 3)
     torch.testing.assert_close(weights(z, torch.tensor([-5.0, 1.0, 3.0])), torch.tensor([0.0, 0.25, 0.75]).expand(2, 3))
+
+
+def test_the_published_gate_has_a_temperature():
+    net, last = SherlNet((0, 1), 8, 4, start=False, temperature=0.2), torch.randn(1, 2, 8)
+    with torch.no_grad():
+        net.gate.fill_(0.1)
+        for parameter in net.out.parameters():
+            parameter.zero_()
+    joined = net.joined([net.tapped(index, last) for index in (None, 0, 1)], last)
+    torch.testing.assert_close(joined, math.tanh(0.5) * last)
 
 
 def slow(model, base, ids):
