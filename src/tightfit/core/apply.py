@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,8 +19,9 @@ from tightfit.core.edits import Edit, Handle, ParameterHandle, Part
 from tightfit.core.errors import ConflictError, RecipeError, StateError, TightfitError, shorten
 from tightfit.core.later import made
 from tightfit.core.parameter import gathered, is_sharded
-from tightfit.core.quantised import TrainableInEvaluation, only_unpacked, packed_for_inference
+from tightfit.core.quantised import TrainableInEvaluation, packed_for_inference
 from tightfit.core.recipe import Recipe, as_recipe
+from tightfit.core.stale import Flags, LeftBehind, StaleCheck, added_parameters
 from tightfit.core.tight import is_tight
 from tightfit.core.transform import Context, Transform
 
@@ -131,9 +131,6 @@ def _refuse_unready(model: nn.Module) -> None:
         raise StateError(f"apply(): {reason}; apply the recipe before wrapping or sharding the model")
 
 
-Flags = dict[str, tuple[nn.Parameter, bool]]
-
-
 def _flags(model: nn.Module) -> Flags:
     return {name: (parameter, parameter.requires_grad) for name, parameter in model.named_parameters()}
 
@@ -168,9 +165,8 @@ class Applied:
         self._flags = flags
         self._gone: str | None = None
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._replaced = frozenset(id(h.original) for h in handles if isinstance(h, ParameterHandle))
-        self._added = _added(model, handles, flags)
-        hook = register_optimizer_step_pre_hook(_StaleCheck(weakref.ref(self)))
+        self._added = added_parameters(model, handles, flags)
+        hook = register_optimizer_step_pre_hook(StaleCheck(self, handles, flags, self._added))
         self._unhook = weakref.finalize(self, hook.remove)
 
     # -- looking -----------------------------------------------------------------------------------------------
@@ -329,7 +325,7 @@ class Applied:
         self._gone = verb
         _active.pop(self.model, None)
         for optimizer in self._optimizers:
-            optimizer.register_step_pre_hook(_LeftBehind(self.model, f"{self._recipe}", verb))
+            optimizer.register_step_pre_hook(LeftBehind(self.model, f"{self._recipe}", verb))
         return self.model
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -402,104 +398,3 @@ class Applied:
     def __repr__(self) -> str:
         state = "" if self._gone is None else f", {self._gone}d"
         return f"<Applied {self.recipe} on {type(self.model).__name__}{state}>"
-
-
-class _LeftBehind:
-    """Stops an optimizer of a recipe that was taken off, where its parameters went with it."""
-
-    def __init__(self, model: nn.Module, recipe: str, verb: str):
-        self.model, self.recipe, self.verb = weakref.ref(model), recipe, verb
-
-    def __call__(self, optimizer, args, kwargs):
-        model = self.model()
-        if model is None:
-            return
-        own = {id(parameter) for parameter in model.parameters()}
-        for i, group in enumerate(optimizer.param_groups):
-            if any(id(parameter) not in own for parameter in group["params"]):
-                raise StateError(
-                    f"{type(optimizer).__name__}: param group {i} holds parameters of the recipe {self.recipe}, which "
-                    f"{self.verb}() took off, so they would train nothing; build a new optimizer over the model"
-                )
-
-
-def _added(model: nn.Module, handles: list[Handle], flags: Flags) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that a recipe brought along and that train; stand-ins of stock ones are none of them."""
-    known = {id(parameter) for parameter, _ in flags.values()}
-    known |= {id(handle.current()) for handle in handles if isinstance(handle, ParameterHandle)}
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
-
-
-def _made_before(applied: Applied, held: set[int]) -> bool:
-    """Whether an optimizer of these parameters is one of the stock model: it has one that was frozen since, or all."""
-    stock = [p for p, trained in applied._flags.values() if trained and id(p) not in applied._replaced]
-    frozen = any(id(p) in held and not p.requires_grad for p in stock)
-    return frozen or (bool(stock) and {id(p) for p in stock} <= held)
-
-
-class _StaleCheck:
-    """Stops an optimizer whose steps would leave untrained, silently, what the recipe trains.
-
-    It still holds a replaced stock parameter, or was made before what the recipe added, or somebody has frozen that, or
-    replaced some of it. Warns where a quantised base trains with nothing added to it, which no one asks for in so many words.
-    """
-
-    def __init__(self, applied: weakref.ref[Applied]):
-        self.applied = applied
-        self.seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self.early: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self.added_trains = False
-
-    def __call__(self, optimizer, args, kwargs):
-        applied = self.applied()
-        if applied is None:
-            return
-        if optimizer not in self.seen:
-            self._check_added(applied, optimizer)
-            self.seen.add(optimizer)
-        elif optimizer in self.early and not self.added_trains:  # no other optimizer has stepped with it meanwhile
-            raise StateError(
-                f"{type(optimizer).__name__}: it was made without the parameters that the recipe {applied.recipe} added "
-                f"({shorten([name for name, _ in applied._added], 3)}), so they would not train; build it after "
-                f"tightfit.apply(), with applied.optimizer(...)"
-            )
-        if not applied._replaced:
-            return
-        for i, group in enumerate(optimizer.param_groups):
-            for parameter in group["params"]:
-                if id(parameter) in applied._replaced:
-                    raise StateError(
-                        f"{type(optimizer).__name__}: param group {i} holds a parameter that the recipe "
-                        f"{applied.recipe} replaced, so it would train nothing; build the optimizer with "
-                        f"applied.optimizer(...), or hand it over with applied.adopt(optimizer)"
-                    )
-
-    def _check_added(self, applied: Applied, optimizer: torch.optim.Optimizer) -> None:
-        now = dict(applied.model.named_parameters())
-        own = {id(parameter) for parameter in now.values()}
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not held & own:
-            return
-        if not applied._added:
-            told = only_unpacked(applied.model)
-            if told:
-                warnings.warn(f"{type(optimizer).__name__}: {told}", UserWarning, stacklevel=2)
-            return
-        frozen = [name for name, p in applied._added if id(p) in own and not p.requires_grad]
-        replaced = [
-            name  # sharding puts others in its place too, and these train
-            for name, p in applied._added
-            if id(p) not in own and type(now.get(name)) is nn.Parameter and not is_sharded(now[name])
-        ]
-        if not replaced and len(frozen) < len(applied._added):
-            if any(id(p) in held or id(now.get(name)) in held for name, p in applied._added):
-                self.added_trains = True
-            elif _made_before(applied, held):
-                self.early.add(optimizer)
-            return
-        raise StateError(
-            f"{type(optimizer).__name__}: parameters that the recipe {applied.recipe} added ("
-            f"{shorten(replaced or frozen, 3)}) have been frozen or replaced since, so they would not train; "
-            f"get_peft_model() freezes all but its own adapters: call it before tightfit.apply(), or put "
-            f"tightfit.Lora into the recipe, where it goes with the others"
-        )

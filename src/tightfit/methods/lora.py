@@ -364,7 +364,7 @@ def _in_dtype_of_base(model: nn.Module) -> None:
         if weight is None or not weight.is_floating_point():
             continue
         for kind in getattr(layer, "adapter_layer_names", ()):
-            held = getattr(layer, kind, ())
+            held: Any = getattr(layer, kind, ())
             if ADAPTER in held:
                 held[ADAPTER] = held[ADAPTER].to(weight.dtype)
 
