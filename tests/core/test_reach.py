@@ -1,5 +1,6 @@
 """The largest batch and the longest sequence: they fit, and the next larger ones do not."""
 
+import models
 import pytest
 from transformers import BertConfig, LlamaConfig
 
@@ -64,6 +65,11 @@ def test_full_rows_may_be_longer_for_they_need_no_mask(llama):
 def test_positions_bound_the_length(bert, llama):
     assert tightfit.longest_sequence(bert, batch_size=1, budget="1GiB") == 128
     assert tightfit.longest_sequence(llama, batch_size=1, budget="20GiB", elsewhere=True) == 4096
+
+
+def test_images_have_no_length():
+    with pytest.raises(tightfit.UnsupportedModelError, match="ViTForImageClassification takes images"):
+        tightfit.longest_sequence(models.vit(), batch_size=2, budget="1GiB")
 
 
 def test_not_even_one_fits(bert):

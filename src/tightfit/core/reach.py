@@ -10,11 +10,11 @@ from torch import nn
 from tightfit.core import hfmodel
 from tightfit.core.batch import Batch, check_batch, positions
 from tightfit.core.budget import parse_budget
-from tightfit.core.errors import BudgetError, ConflictError
+from tightfit.core.errors import BudgetError, ConflictError, UnsupportedModelError
 from tightfit.core.fitting import need
 from tightfit.core.plan import Draft, Plan, mib
 from tightfit.core.recipe import Recipe, as_recipe
-from tightfit.core.simulate import example_batch
+from tightfit.core.simulate.batches import example_batch, task_of
 from tightfit.core.transform import Transform
 
 MOST = 1 << 16
@@ -91,6 +91,7 @@ def longest_sequence(
         BudgetError: a malformed budget, or not even one token fits; names its peak.
         ConflictError: the recipe cannot be applied.
         DataError: a batch size below 1.
+        UnsupportedModelError: a model of images, whose rows have one size.
 
     Example:
         >>> import tightfit
@@ -101,6 +102,10 @@ def longest_sequence(
     """
     most = parse_budget(budget, device=options.get("device", "cpu"), elsewhere=elsewhere)
     draft = _draft(model, recipe)
+    if task_of(model) == "image":
+        raise UnsupportedModelError(
+            f"longest_sequence(): {type(model).__name__} takes images, not sequences of tokens; ask for largest_batch()"
+        )
     made_for = getattr(hfmodel.text_config(model), "max_position_embeddings", None)
     top = min(n for n in (positions(model), made_for, MOST) if isinstance(n, int) and n > 0)
 
