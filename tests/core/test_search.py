@@ -187,6 +187,11 @@ def test_nothing_fits(model):
     assert "with 1 row at a time" in text and "give at least that much" in text
 
 
+def test_adapters_alone_need_a_method_that_makes_one(model):
+    with pytest.raises(ValueError, match=r"none of the methods freezes weights of this BertFor.*such as Lora"):
+        tightfit.recommend(model, batch=BATCH, budget="1GiB", tune="adapters", methods=[tightfit.Checkpointing])
+
+
 def test_a_shorter_sequence_that_would_fit_is_named(model):
     smallest = tightfit.plan(model, batch=(1, 64), accumulate=2)
     shorter = tightfit.plan(model, batch=(1, 32), accumulate=2)

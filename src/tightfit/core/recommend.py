@@ -101,7 +101,7 @@ def recommend(
             smallest peak found, its recipe, and what would fit.
         DataError: a malformed batch, or one that the model cannot be called with.
         SimulationError: the stock step cannot be simulated.
-        ValueError, TypeError: another argument is wrong.
+        ValueError, TypeError: another argument is wrong, or only adapters are allowed and no method makes one.
 
     Example:
         >>> import tightfit

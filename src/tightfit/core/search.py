@@ -88,6 +88,7 @@ class Search:
 
         Raises:
             SimulationError: the stock step cannot be simulated.
+            ValueError: only adapters are asked for, and no method freezes weights.
         """
         self.groups, self.expected = groups, 2 + 2 * len(groups)
         self.fitting.start()
@@ -96,6 +97,11 @@ class Search:
         self.per_turn: float | None = None
         works = [i for i in range(len(groups)) if self._single(i)]
         freezing = {i for i in works if freezes(groups[i][0], self.model)} if adapters else None
+        if freezing is not None and not freezing:
+            raise ValueError(
+                f"recommend(tune='adapters'): none of the methods freezes weights of this {type(self.model).__name__} "
+                f"and works on it; allow one that does, such as Lora, or tune='any'"
+            )
         every = [frozenset(c) for n in range(MOST_TRANSFORMS + 1) for c in itertools.combinations(works, n)]
         wanted = [names for names in every if freezing is None or names & freezing]
         if not prune:
