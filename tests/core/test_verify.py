@@ -70,6 +70,16 @@ def test_in_place_trains_the_model_and_takes_the_recipe_off():
     tightfit.apply(model, tightfit.Checkpointing()).remove()  # nothing was left on it
 
 
+def test_a_step_in_place_that_fails_takes_the_recipe_off():
+    def failing(parameters):
+        raise RuntimeError("no optimizer")
+
+    model = models.bert()
+    with pytest.raises(RuntimeError, match="no optimizer"):
+        run_step(model, tightfit.chain(tightfit.Mesa()), models.batch(model), optimizer=failing, in_place=True)
+    tightfit.apply(model, tightfit.Mesa()).remove()
+
+
 def test_a_skeletons_plan_is_verified_with_the_model():
     model = models.bert()
     plan = tightfit.plan(tightfit.skeleton(model.config, task="sequence-classification"), batch=(4, 16))
@@ -132,6 +142,13 @@ def test_the_operator_is_named_and_a_step_is_measured_if_asked_to():
     assert "measured peak" in str(found) and "_local_scalar_dense" in str(found)
     with pytest.raises(tightfit.StateError, match="no simulated step"):
         found.verify(model)
+
+
+def test_a_batch_without_labels_is_named_when_measured_too():
+    model = models.bert()
+    batch = {key: value for key, value in models.batch(model).items() if key != "labels"}
+    with pytest.raises(tightfit.SimulationError, match="hold no loss; put labels into the batch"):
+        tightfit.plan(model, batch=batch, fallback="measure")
 
 
 def test_measuring_needs_weights_and_a_known_word():

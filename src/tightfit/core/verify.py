@@ -154,6 +154,8 @@ def run_step(
         >>> found.peak_bytes == max(found.phases.values())
         True
     """
+    from tightfit.core.simulate.step import loss_of
+
     if any(p.is_meta for p in model.parameters()):
         raise StateError("verify: this model has no weights (a skeleton); load it before running a step")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -164,13 +166,12 @@ def run_step(
     twin = model if in_place else copy.deepcopy(model)
     applied = apply(twin.to(device).train(), recipe)
     inputs = {k: v.to(device, copy=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-    stepper = applied.adopt(_optimizer(optimizer, applied, kind))
 
     def step(phase: Phase = lambda name: contextlib.nullcontext()) -> None:
         for _ in range(accumulate):
             with phase("forward"), torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
                 outputs = twin(**inputs)
-                found = _loss(outputs) if loss is None else loss(outputs)
+                found = loss_of(outputs, loss)
                 del outputs
             with phase("backward"):
                 found.backward()
@@ -184,6 +185,7 @@ def run_step(
             stepper.zero_grad()
 
     try:
+        stepper = applied.adopt(_optimizer(optimizer, applied, kind))
         step()
         gc.collect()
         levels = _levels_cuda(step) if kind == "cuda" else _levels_cpu(step)
@@ -217,12 +219,6 @@ def _optimizer(choice: str | Callable, applied: Applied, kind: str) -> torch.opt
         return adamw_8bit()(applied.parameters(), tables=embedding_tables(applied.model), lr=1e-4)
     except ImportError:
         raise StateError("verify: a step of 'adamw-8bit' needs bitsandbytes: pip install bitsandbytes") from None
-
-
-def _loss(outputs: Any) -> torch.Tensor:
-    if getattr(outputs, "loss", None) is None and hasattr(outputs, "last_hidden_state"):  # a bare backbone
-        return outputs.last_hidden_state.mean()
-    return outputs.loss
 
 
 def _own_bytes(model: nn.Module, kind: str) -> int:

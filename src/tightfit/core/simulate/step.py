@@ -125,7 +125,7 @@ def _run(model, inputs, optimizer, tracker: Tracker, options: StepOptions) -> No
             if turn:
                 tracker.begin(FORWARD)
             with _autocast(options), _saved(tracker):
-                loss = _loss(model(**inputs), options)
+                loss = loss_of(model(**inputs), options.loss)
             tracker.begin(BACKWARD)
             loss.backward()
             loss = loss.detach()  # the graph's nodes go, and what they hold beside the tensors that backward frees
@@ -144,8 +144,9 @@ def _run(model, inputs, optimizer, tracker: Tracker, options: StepOptions) -> No
     optimizer.zero_grad()
 
 
-def _loss(outputs, options: StepOptions) -> torch.Tensor:
-    loss = options.loss(outputs) if options.loss is not None else getattr(outputs, "loss", None)
+def loss_of(outputs: Any, function: Loss | None) -> torch.Tensor:
+    """The scalar that a step starts its backward from. Raises: SimulationError."""
+    loss = function(outputs) if function is not None else getattr(outputs, "loss", None)
     if loss is None and hasattr(outputs, "last_hidden_state"):  # a bare backbone
         return outputs.last_hidden_state.mean()
     if not isinstance(loss, torch.Tensor):
