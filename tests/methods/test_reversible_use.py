@@ -184,6 +184,19 @@ def test_half_precision_weights():
     close(found, wanted, 3e-2)
 
 
+def test_a_trained_merge_of_a_model_in_half_precision():
+    model = models.build("llama").bfloat16()
+    plain = copy.deepcopy(model)
+    tightfit.apply(plain, Reversible())
+    applied = tightfit.apply(model, Reversible(merge="concat"))
+    batch = models.batch(model)
+    (loss, found), (plain_loss, wanted) = gradients(model, batch), gradients(plain, batch)
+    assert torch.equal(loss, plain_loss)  # it begins as the state alone
+    close({n: found[n] for n in wanted}, wanted, 3e-2)
+    losses = train(model, applied.optimizer(lr=1e-2), batch, 8)
+    assert losses[-1] < losses[0]
+
+
 def test_a_loss_on_an_inner_state():
     model, slow = deep("llama", 5), deep("llama", 5)
     applied = tightfit.apply(model, Reversible())

@@ -180,7 +180,8 @@ class Runner(StackRunner):
         if self.plan.merge == "weighted":
             return state + 0.1 * lag
         if self.plan.merge == "concat":
-            return getattr(block, MERGE)(torch.cat([lag, state], dim=-1))
+            merge: Any = getattr(block, MERGE)  # in float32 where the model is in half precision
+            return merge(torch.cat([lag, state], dim=-1).to(merge.weight.dtype)).to(state.dtype)
         return state
 
 
