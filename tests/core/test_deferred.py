@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tightfit.core.deferred import DeferredHead, DeferredLogits, HeadSource
+from tightfit.core.errors import StateError
 from tightfit.core.tight import loosen, tighten
 
 TOKENS, WIDTH, SIZE = (2, 5), 8, 30
@@ -196,6 +197,57 @@ def test_looking_does_not_cost_the_chunked_loss():
     assert torch.equal(deferred.sum(), real.sum())
     labels = torch.randint(SIZE, TOKENS)
     torch.testing.assert_close(loss_of(deferred, labels), loss_of(real, labels))
+
+
+# -- as things stood when the head was called ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_logits_made_without_gradients_have_none_later(mode):
+    module, labels = head(), torch.randint(SIZE, TOKENS)
+    with mode():
+        deferred = module(torch.randn(*TOKENS, WIDTH))
+    assert is_deferred(deferred)
+    assert not loss_of(deferred, labels).requires_grad
+    assert not deferred.log_softmax(-1).requires_grad
+
+
+def test_a_look_without_gradients_takes_none_away():
+    deferred, real, hidden = both()
+    for value in (deferred, real):
+        shifted = value[:, :-1]
+        with torch.no_grad():
+            assert not value.view(-1, SIZE).argmax(-1).requires_grad
+            assert not (value * 2).exp().requires_grad
+        shifted.softmax(-1).square().sum().backward()
+    assert torch.equal(hidden[0].grad, hidden[1].grad)
+
+
+def test_logits_that_are_read_behind_autocast_are_those_of_within():
+    module = head()
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = torch.randn(*TOKENS, WIDTH).bfloat16()
+        deferred, expected = module(hidden), F.linear(hidden, module.weight)
+    assert torch.equal(deferred.detach(), expected)
+
+
+def test_logits_that_are_read_behind_the_step_are_refused():
+    deferred, _, _ = both()
+    labels = torch.randint(SIZE, TOKENS)
+    loss_of(deferred, labels).backward()
+    torch.optim.SGD([deferred._head.weight], lr=0.1).step()
+    for read in (lambda: deferred.argmax(-1), lambda: loss_of(deferred, labels)):
+        with pytest.raises(StateError, match="read them before the optimizer's step"):
+            read()
+
+
+def test_hooks_on_the_heads_backward_see_real_logits():
+    module, seen = head(), []
+    handle = module.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].shape))
+    loss_of(module(torch.randn(*TOKENS, WIDTH, requires_grad=True)), torch.randint(SIZE, TOKENS)).backward()
+    assert seen == [(*TOKENS, SIZE)]
+    handle.remove()
+    assert is_deferred(module(torch.randn(*TOKENS, WIDTH)))
 
 
 # -- the surroundings -------------------------------------------------------------------------------------------

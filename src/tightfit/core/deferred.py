@@ -9,6 +9,7 @@ is at worst as large as before, never wrong.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tightfit.core.errors import StateError
 from tightfit.core.marks import codec_of
 from tightfit.core.tight import state_of
 from tightfit.ops.autograd import autocast_dtype
@@ -59,7 +61,7 @@ class HeadSource:
         return logits
 
     def compiled(self, head: nn.Module, hidden: torch.Tensor, stock) -> torch.Tensor:
-        """The real logits inside a compiled graph, where nothing can be deferred: the model goes on from here."""
+        """The real logits where nothing can be deferred, as in a compiled graph: the model goes on from here."""
         return self.finish(head, self.logits(head, hidden, stock))
 
     def targets(self, head: nn.Module, target: torch.Tensor, ignore_index: int) -> torch.Tensor:
@@ -75,7 +77,8 @@ class DeferredHead:
 
     def forward(self, hidden):
         source: HeadSource = state_of(self, DeferredHead)["source"]  # type: ignore[arg-type]
-        if torch.compiler.is_compiling():
+        hooked = self._backward_hooks or self._backward_pre_hooks  # type: ignore[attr-defined]
+        if torch.compiler.is_compiling() or hooked:
             return source.compiled(self, hidden, super().forward)  # type: ignore[misc, arg-type]
         return DeferredLogits(hidden, self, super().forward, source)  # type: ignore[misc]
 
@@ -89,6 +92,49 @@ class Scaling:
     shift: torch.Tensor | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """How things stood when the head was called: whatever is computed later is what it would have been then.
+
+    Attributes:
+        grad: gradients were enabled.
+        cast: what autocast cast products to, or None.
+        versions: the head's parameters, and how often they had been written to.
+    """
+
+    grad: bool
+    cast: torch.dtype | None
+    versions: tuple[tuple[torch.Tensor, int], ...]
+
+    @staticmethod
+    def of(head: nn.Module, kind: str) -> Call:
+        versions = tuple((p, _version(p)) for p in head.parameters())
+        return Call(torch.is_grad_enabled(), autocast_dtype(kind), versions)
+
+    def again(self, kind: str) -> contextlib.ExitStack:
+        """A context with the same modes.
+
+        Raises:
+            StateError: the head's parameters have changed.
+        """
+        if any(_version(p) != version for p, version in self.versions):
+            raise StateError(
+                "logits of a language model were read after the weights of its head had changed, and they are computed "
+                "when they are read first; read them before the optimizer's step (logits.detach() is enough)"
+            )
+        modes = contextlib.ExitStack()
+        modes.enter_context(torch.set_grad_enabled(self.grad))
+        if torch.amp.is_autocast_available(kind):
+            # a cast without gradients must not be remembered for those who want them
+            casts = torch.autocast(kind, dtype=self.cast, enabled=self.cast is not None, cache_enabled=False)
+            modes.enter_context(casts)
+        return modes
+
+
+def _version(parameter: torch.Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version
+
+
 class DeferredLogits(torch.Tensor):
     """A tensor in type, shape and dtype; its values are computed when something needs them.
 
@@ -99,17 +145,19 @@ class DeferredLogits(torch.Tensor):
     _head: nn.Module
     _stock: Any
     _source: HeadSource
+    _call: Call
     _steps: tuple
     _view: tuple[DeferredLogits, Any] | None
     _real: torch.Tensor | None
     _version_seen: int
 
     @staticmethod
-    def __new__(cls, hidden, head, stock, source, steps=(), dtype=None, view=None):
+    def __new__(cls, hidden, head, stock, source, steps=(), dtype=None, view=None, call=None):
         shape = (*hidden.shape[:-1], source.width(head))
         dtype = dtype or autocast_dtype(hidden.device.type) or hidden.dtype
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
         self._hidden, self._head, self._stock, self._source = hidden, head, stock, source
+        self._call = call or Call.of(head, hidden.device.type)
         self._steps, self._view, self._real, self._version_seen = steps, view, None, 0
         return self
 
@@ -121,12 +169,15 @@ class DeferredLogits(torch.Tensor):
         if self._real is None:
             if self._view is not None:
                 parent, function = self._view
-                self._real = function(parent.materialise())
+                whole = parent.materialise()
+                with torch.set_grad_enabled(self._call.grad):
+                    self._real = function(whole)
             else:
-                out = self._source.logits(self._head, self._hidden, self._stock)
-                for function, args, kwargs in self._steps:
-                    out = function(out, *args, **kwargs)
-                self._real = self._source.finish(self._head, out)
+                with self._call.again(self._hidden.device.type):
+                    out = self._source.logits(self._head, self._hidden, self._stock)
+                    for function, args, kwargs in self._steps:
+                        out = function(out, *args, **kwargs)
+                    self._real = self._source.finish(self._head, out)
             self._version_seen = 0 if self._real.is_inference() else self._real._version
         return self._real
 
@@ -137,12 +188,14 @@ class DeferredLogits(torch.Tensor):
         return self._view is not None and self._view[0]._was_written_to()
 
     def _after(self, step, dtype=None) -> DeferredLogits:
-        dtype = dtype or self._dtype()
-        return DeferredLogits(self._hidden, self._head, self._stock, self._source, (*self._steps, step), dtype)
+        return self._made(self._hidden, (*self._steps, step), dtype or self._dtype())
 
     def _viewed(self, hidden, function) -> DeferredLogits:
-        view = (self, function)
-        return DeferredLogits(hidden, self._head, self._stock, self._source, self._steps, self._dtype(), view)
+        return self._made(hidden, self._steps, self._dtype(), (self, function))
+
+    def _made(self, hidden, steps, dtype, view=None) -> DeferredLogits:
+        call = dataclasses.replace(self._call, grad=self._call.grad and torch.is_grad_enabled())
+        return DeferredLogits(hidden, self._head, self._stock, self._source, steps, dtype, view, call)
 
     def _dtype(self) -> torch.dtype:
         with torch._C.DisableTorchFunctionSubclass():
@@ -317,23 +370,25 @@ def _cross_entropy(
     if scaling is None or target.is_floating_point():
         return NotImplemented
     source, head = logits._source, logits._head
-    rows = source.rows(head)
-    source.observe(head, logits._hidden, target, scaling)
-    bias, frozen_bias = _shifted(rows, scaling.shift)
-    loss: Any = linear_cross_entropy(
-        logits._hidden,
-        rows.weight,
-        source.targets(head, target, ignore_index),
-        bias=bias,
-        frozen_weight=rows.frozen_weight,
-        frozen_bias=frozen_bias,
-        scale=scaling.scale,
-        softcap=scaling.cap,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        codec=codec_of(head),
-    )
+    grad = torch.is_grad_enabled()
+    with logits._call.again(logits.device.type), torch.set_grad_enabled(grad and logits._call.grad):
+        rows = source.rows(head)
+        source.observe(head, logits._hidden, target, scaling)
+        bias, frozen_bias = _shifted(rows, scaling.shift)
+        loss: Any = linear_cross_entropy(
+            logits._hidden,
+            rows.weight,
+            source.targets(head, target, ignore_index),
+            bias=bias,
+            frozen_weight=rows.frozen_weight,
+            frozen_bias=frozen_bias,
+            scale=scaling.scale,
+            softcap=scaling.cap,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            codec=codec_of(head),
+        )
     # autocast runs cross_entropy in float32
     return loss.to(torch.float32 if autocast_dtype(logits.device.type) else logits.dtype)
 
