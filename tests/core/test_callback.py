@@ -57,6 +57,14 @@ def test_it_hands_over_the_optimizer_behind_a_wrapper():
     assert all(id(p) in own for p in optimizer.param_groups[0]["params"])
 
 
+def test_it_is_for_its_own_model():
+    model = models.build("bert")
+    callback = tightfit.apply(model, Checkpointing()).callback()
+    callback.on_train_begin(None, None, TrainerControl(), model=torch.nn.Sequential(model))
+    with pytest.raises(tightfit.StateError, match=r"another BertForSequenceClassification than .*\(model_init makes"):
+        callback.on_train_begin(None, None, TrainerControl(), model=models.build("bert"))
+
+
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_model_with_the_users_own_adapters(family):
     stock, model = models.build(family), models.build(family)

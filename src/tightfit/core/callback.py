@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from tightfit.core import weights
+from tightfit.core.errors import StateError
 
 if TYPE_CHECKING:
     from tightfit.core.apply import Applied
@@ -32,6 +33,7 @@ class RecipeCallback(TrainerCallback, ExportableState):
         self.step = 0
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        self._check_model(kwargs.get("model"))
         # the Trainer passes accelerate's wrapper; the recipe needs the optimizer whose groups it may edit
         inner = getattr(optimizer, "optimizer", optimizer)
         if inner is not None:
@@ -62,6 +64,14 @@ class RecipeCallback(TrainerCallback, ExportableState):
             "trained": weights.digests(self.applied) if self.step else {},
         }
         return {"args": {}, "attributes": {"saved": saved}}
+
+    def _check_model(self, model: Any) -> None:
+        if model is not None and not any(module is self.applied.model for module in model.modules()):
+            raise StateError(
+                f"callback(): the Trainer trains another {type(model).__name__} than the one that the recipe "
+                f"{self.applied.recipe} was applied to (model_init makes a new one for each run); give it "
+                f"model=applied.model and that one's callback"
+            )
 
     def _resume(self, args: Any, state: Any) -> None:
         self.step = getattr(state, "global_step", 0)
