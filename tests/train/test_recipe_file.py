@@ -176,6 +176,8 @@ def test_relative_paths_are_found_here_or_beside_the_recipe(good, tmp_path, monk
     assert read_recipe_file(good).data.train == str(tmp_path / "data.tsv")
     (elsewhere / "data.tsv").write_text("a\tb\n1\t2\n")
     assert read_recipe_file(good).data.train == "data.tsv"
+    (tmp_path / "rows").mkdir()
+    assert read_recipe_file(good, ["data.train=rows:train"]).data.train == str(tmp_path / "rows:train")
 
 
 @pytest.mark.parametrize(

@@ -374,10 +374,11 @@ def _dotted(key_path: KeyPath) -> str:
 
 def _locate(parsed: RecipeFile, path: Path) -> RecipeFile:
     def beside(name: str | None) -> str | None:
-        if name is None or name.startswith(("demo:", "/", "~")) or os.path.exists(name):
+        if name is None or name.startswith(("demo:", "/", "~")):
             return name
-        candidate = str(path.parent / name)
-        return candidate if os.path.exists(candidate) else name
+        forms = (name, name.partition(":")[0])  # a folder's name may go on with a split
+        here, there = (any(os.path.exists(place / form) for form in forms) for place in (Path(), path.parent))
+        return str(path.parent / name) if there and not here else name
 
     data = parsed.data.model_copy(update={"train": beside(parsed.data.train), "eval": beside(parsed.data.eval)})
     return parsed.model_copy(update={"model": beside(parsed.model), "data": data})
