@@ -73,6 +73,12 @@ def test_train_then_export_and_report(recipe, tmp_path):
     (folder / "report.html").unlink()
     assert run("report", folder).exit_code == 0
     assert "not an empty folder" in refused("export", folder, tmp_path / "out")
+    inside = folder / "README.md" / "out"
+    assert f"{inside}: could not be written" in refused("export", folder, inside)
+    for size in ("many", "0", "-5GB"):
+        assert f"max_shard_size: got '{size}'" in refused(
+            "export", folder, tmp_path / "more", f"--max-shard-size={size}"
+        )
 
 
 def test_plan_and_measure_agree(recipe):

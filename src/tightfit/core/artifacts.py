@@ -20,6 +20,7 @@ from torch import nn
 
 from tightfit._version import __version__
 from tightfit.core import hfmodel, processes
+from tightfit.core.budget import parse_bytes
 from tightfit.core.documents import parse_json
 from tightfit.core.errors import ArtifactError, RecipeError, TightfitError, shorten
 from tightfit.core.hub import CARD, card_text, check_repository, push
@@ -56,7 +57,7 @@ def save(applied: Applied, folder: str | os.PathLike) -> None:
             "digests": _digests(applied, set(tensors)),
         },
     }
-    with _first_process_writes(applied.model) as writes, _explained(folder):
+    with _first_process_writes(applied.model) as writes, explained(folder):
         if not writes:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,17 +168,17 @@ def export(
         raise ArtifactError(
             f"export: {type(model).__name__} has no save_pretrained; use merge() and save its state dict"
         )
-    folder = Path(folder)
+    folder, shard_bytes = Path(folder), parse_bytes(max_shard_size, "max_shard_size")
     if push_to_hub is not None:
         check_repository(push_to_hub)
     state = applied.stock_state_dict(later=True)
     dtype = next((v.dtype for v in state.values() if v.is_floating_point()), None)  # save_pretrained empties `state`
-    with _first_process_writes(model) as writes, _explained(folder), config_kept(model):
+    with _first_process_writes(model) as writes, explained(folder), config_kept(model):
         if not writes:
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing_folder(folder) as temporary:
-            model.save_pretrained(temporary, state_dict=state, max_shard_size=max_shard_size)
+            model.save_pretrained(temporary, state_dict=state, max_shard_size=shard_bytes)
             # it wrote the dtype of a stand-in, where the first parameter has one, and all would be loaded in that
             model.config.dtype = dtype
             model.config.save_pretrained(temporary)
@@ -369,7 +370,8 @@ def file_digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
+    """What a disk or a file system says while `folder` is written, as an ArtifactError."""
     from safetensors import SafetensorError
 
     try:

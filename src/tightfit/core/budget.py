@@ -34,9 +34,7 @@ def parse_budget(budget: str | int, *, device: str = "cpu", elsewhere: bool = Fa
         >>> parse_budget("1.5 GiB"), parse_budget("500MB"), parse_budget(4096)
         (1610612736, 500000000, 4096)
     """
-    count = _bytes(budget)
-    if count <= 0:
-        raise BudgetError(f"budget: got {budget!r}, accepted is more than zero: {_ACCEPTED}")
+    count = parse_bytes(budget, "budget")
     limit = None if elsewhere else machine_bytes(device)
     if limit is not None and count > limit:
         raise BudgetError(
@@ -46,22 +44,28 @@ def parse_budget(budget: str | int, *, device: str = "cpu", elsewhere: bool = Fa
     return count
 
 
-def _bytes(budget: str | int) -> int:
-    if isinstance(budget, bool) or not isinstance(budget, str | int):
-        raise BudgetError(f"budget: got {budget!r} ({type(budget).__name__}), accepted is {_ACCEPTED}")
-    if isinstance(budget, int):
-        return budget
-    match = _TEXT.fullmatch(budget)
+def parse_bytes(value: str | int, name: str) -> int:
+    """A size in bytes, from a number or a number with a unit; `name` begins the message of a BudgetError."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise BudgetError(f"{name}: got {value!r} ({type(value).__name__}), accepted is {_ACCEPTED}")
+    count = value if isinstance(value, int) else _counted(value, name)
+    if count <= 0:
+        raise BudgetError(f"{name}: got {value!r}, accepted is more than zero: {_ACCEPTED}")
+    return count
+
+
+def _counted(text: str, name: str) -> int:
+    match = _TEXT.fullmatch(text)
     if match is None:
-        raise BudgetError(f"budget: got {budget!r}, accepted is {_ACCEPTED}")
+        raise BudgetError(f"{name}: got {text!r}, accepted is {_ACCEPTED}")
     number, unit = match.groups()
     if not unit:
-        raise BudgetError(f"budget: got {budget!r} without a unit; write '{number}GiB' or '{number}MiB', say")
+        raise BudgetError(f"{name}: got {text!r} without a unit; write '{number}GiB' or '{number}MiB', say")
     if unit.lower() not in _BY_LOWER:
-        raise BudgetError(f"budget: got {budget!r} with the unit {unit!r}, accepted are {', '.join(UNITS)}")
+        raise BudgetError(f"{name}: got {text!r} with the unit {unit!r}, accepted are {', '.join(UNITS)}")
     count = float(number) * _BY_LOWER[unit.lower()]
     if math.isinf(count):
-        raise BudgetError(f"budget: got {budget!r}, which is beyond all numbers; accepted is {_ACCEPTED}")
+        raise BudgetError(f"{name}: got {text!r}, which is beyond all numbers; accepted is {_ACCEPTED}")
     return round(count)
 
 

@@ -13,7 +13,8 @@ import torch
 
 from tightfit.core import processes
 from tightfit.core.apply import Applied, apply
-from tightfit.core.artifacts import load, read_document, replacing_folder
+from tightfit.core.artifacts import explained, load, read_document, replacing_folder
+from tightfit.core.budget import parse_bytes
 from tightfit.core.errors import ConflictError, RecipeError, SimulationError, TrainingError
 from tightfit.core.hub import check_repository, push
 from tightfit.core.memory import end_left_profiles
@@ -312,9 +313,11 @@ def export_run(
         private: whether a repository that is made for it is private.
 
     Raises:
-        ArtifactError: `run` holds no finished run, its base is another model now, `out` is not empty, or the Hub
-            refuses the upload (then `out` stays).
+        ArtifactError: `run` holds no finished run, its base is another model now, `out` is not empty or cannot be
+            written, or the Hub refuses the upload (then `out` stays).
+        BudgetError: `max_shard_size` is no size.
     """
+    max_shard_size = parse_bytes(max_shard_size, "max_shard_size")
     if push_to_hub is not None:
         check_repository(push_to_hub)
     from tightfit.train.recipe_file import read_recipe_file
@@ -324,11 +327,12 @@ def export_run(
     tokenizer = build_tokenizer(file)
     model = build_model(file, folder.stored_data(run, tokenizer))
     applied = load(model, run)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing_folder(out) as temporary:
-        applied.export(temporary, max_shard_size=max_shard_size)
-        if not any(temporary.glob("*token*")):  # a recipe that changes the vocabulary writes its own
-            tokenizer.save_pretrained(temporary)
+    with explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_folder(out) as temporary:
+            applied.export(temporary, max_shard_size=max_shard_size)
+            if not any(temporary.glob("*token*")):  # a recipe that changes the vocabulary writes its own
+                tokenizer.save_pretrained(temporary)
     if push_to_hub is not None:
         push(out, push_to_hub, private=private)
 
