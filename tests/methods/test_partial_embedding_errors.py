@@ -8,7 +8,14 @@ import pytest
 import torch
 from partial_embedding_cases import pair, table
 from torch import nn
-from transformers import MobileBertConfig, MobileBertForMaskedLM, ViTConfig, ViTForImageClassification
+from transformers import (
+    IBertConfig,
+    IBertForSequenceClassification,
+    MobileBertConfig,
+    MobileBertForMaskedLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import tightfit
 from tightfit import DataError, PartialEmbedding, StateError, UnknownTokenError, UnsupportedModelError
@@ -165,6 +172,14 @@ def test_models_without_a_plain_token_table():
         tightfit.apply(vit, PartialEmbedding(ids=[1]))
     with pytest.raises(UnsupportedModelError, match="Linear has no token embedding"):
         tightfit.apply(nn.Linear(2, 2), PartialEmbedding(ids=[1]))
+
+
+def test_an_embedding_with_a_lookup_of_its_own_is_refused():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = IBertForSequenceClassification(IBertConfig(**sizes, vocab_size=90))
+    with pytest.raises(UnsupportedModelError, match="word_embeddings is a QuantEmbedding"):
+        tightfit.apply(model, PartialEmbedding(ids=range(30)))
+    assert not any(is_tight(m) for m in model.modules())
 
 
 def test_a_packed_table_is_refused_by_type():

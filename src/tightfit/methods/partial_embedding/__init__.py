@@ -209,6 +209,9 @@ class PartialEmbedding(Transform):
             )
         if reduced:
             for name in tables.lookups:
+                if not isinstance(model.get_submodule(name), nn.Embedding):
+                    kind = type(model.get_submodule(name)).__name__
+                    raise UnsupportedModelError(f"PartialEmbedding: {name} is a {kind}, accepted is an nn.Embedding")
                 yield LookupEdit(module=name, part=vocabulary)
             yield ModuleEdit(
                 slot=Slot.INPUTS,
