@@ -243,6 +243,12 @@ def test_tags_from_columns_and_words_that_get_lost(tmp_path):
     assert "1 of 1 train rows" in data.notes[0] and "2 train words" in data.notes[1]
 
 
+def test_a_rare_tag_may_fall_to_the_rows_that_are_held_out(tmp_path):
+    path = write(tmp_path / "a.conll", "".join(f"film\tB-{i}\n\n" for i in range(10)))
+    data = load_data(recipe("token-classification", train=path), wordpiece())
+    assert len(data.train) == 9 and data.label_names == tuple(f"B-{i}" for i in range(10))
+
+
 @pytest.mark.parametrize(
     ("dev", "words"),
     [

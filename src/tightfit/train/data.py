@@ -171,6 +171,7 @@ def load_tokens(file: RecipeFile, tokenizer: Any) -> TaskData:
     conll = set(train.columns) == {"tokens", "tags"}
     tokens_column = (file.data.text or (["tokens"] if conll else required_column(file, "text", train)))[0]
     tags_column = file.data.tags or ("tags" if conll else required_column(file, "tags", train))
+    one_source = held_out is None
     if held_out is None:
         train, held_out, note = split_off(train, file.data.eval_fraction, file.data.eval_rows)
         notes.append(note)
@@ -178,8 +179,8 @@ def load_tokens(file: RecipeFile, tokenizer: Any) -> TaskData:
     for split, rows in (("train", train), ("eval", held_out)):
         words[split] = token_lists(rows, tokens_column)
         tags[split] = _tag_names(rows, tags_column, words[split])
-    names = train.classes.get(tags_column) or _tag_order({tag for row in tags["train"] for tag in row})
-    seen = {tag for row in tags["train"] for tag in row}
+    seen = {tag for row in tags["train"] + (tags["eval"] if one_source else []) for tag in row}
+    names = train.classes.get(tags_column) or _tag_order(seen)
     for row, row_tags in enumerate(tags["eval"]):
         for tag in row_tags:
             if tag not in seen:
