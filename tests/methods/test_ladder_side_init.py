@@ -135,6 +135,19 @@ def test_relative_positions_move_to_the_first_kept_block():
     assert any("relative" in name for name in found)
 
 
+def test_norms_follow_the_states():
+    model = models.build("llama")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    tightfit.apply(model, LadderSide(reduction=4))
+    net, stock = model.model.tight_side, model.model.layers[1]
+    assert torch.equal(net.norm.weight, model.model.norm.weight[net.channels])
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        assert torch.equal(getattr(net.block(1), name).weight, getattr(stock, name).weight[net.channels])
+
+
 # -- fit ---------------------------------------------------------------------------------------------------------------
 
 
