@@ -108,6 +108,24 @@ def test_each_task_alone_is_each_task_among_others():
     assert applied.recipe.transforms[0].earlier == (("b", 5, 3),)
 
 
+def test_the_task_that_trains_is_served_in_place_of_a_deleted_one():
+    model = vit()
+    memories = three_tasks(model)[1]
+    pixels = images()["pixel_values"]
+    memories.use("a")
+    memories.delete("a")
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values=pixels).logits, memories.logits(pixels)["c"], **EXACT)
+
+
+def test_tasks_of_one_size_begin_differently():
+    model = vit()
+    memories = tightfit.apply(model, LearnableMemory(task="a", num_labels=2)).part(Memories)
+    memories.next("b", num_labels=2)
+    found = memories.logits(images()["pixel_values"])
+    assert not torch.allclose(found["a"], found["b"])
+
+
 def test_under_extension_only_the_last_task_can_go():
     model = vit()
     applied, memories = three_tasks(model, "extension")
