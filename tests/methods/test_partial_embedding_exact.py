@@ -149,6 +149,15 @@ def test_decay_dropped_counts_for_each_table_by_its_own_group(tmp_path):
     assert torch.equal(again.stock_state_dict()["model.embed_tokens.weight"], state["model.embed_tokens.weight"])
 
 
+def test_a_step_without_gradients_decays_no_dropped_rows():
+    model = models.build("bert")
+    before = table(model).detach().clone()
+    applied = tightfit.apply(model, PartialEmbedding(ids=models.kept_ids(model), decay_dropped=True))
+    applied.optimizer(lr=0.1, weight_decay=0.5).step()
+    applied.remove()
+    assert torch.equal(table(model), before)
+
+
 def test_the_order_of_the_ids_cannot_matter():
     stock = models.build("bert", dropout=0.0)
     states = []
