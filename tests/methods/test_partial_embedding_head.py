@@ -73,6 +73,14 @@ def test_the_pruned_loss_is_low_by_the_dropped_mass(family):
     assert float(everywhere.min()) <= reported <= float(everywhere.max())
 
 
+def test_the_warning_of_dropped_mass_comes_once():
+    vocabulary = PartialEmbedding.of(pair("llama", head="pruned")[1])
+    with pytest.warns(UserWarning, match=MASS) as caught:
+        for mass in (0.001, 0.02, 0.001, 0.03):
+            vocabulary.note_mass(mass)
+    assert len(caught) == 1 and "2.0%" in str(caught[0].message)
+
+
 def test_the_mode_follows_what_trains():
     def mode(family, *recipe):
         model = models.build(family)
