@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -126,6 +125,18 @@ def held(file: RecipeFile, resume: bool) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"output: {folder} cannot be created: {error.strerror}") from None
+    with _locked(folder):
+        check_free(file, resume)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -136,7 +147,6 @@ def held(file: RecipeFile, resume: bool) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # a file system without locks
-        check_free(file, resume)
         yield
     finally:
         os.close(descriptor)
