@@ -241,7 +241,7 @@ class Draft:
         check_batch(self.model, batch, long_rows=self.recipe.long_rows)
         shared = self._shared(batch, optimizer, options)
         if self.applied is None:
-            return Plan(**shared, peak_bytes=0, by_category={})
+            return Plan(**shared, peak_bytes=0, by_category=dict.fromkeys(CATEGORIES, 0))
         if not self.trainable:
             raise StateError(f"plan: the recipe {self.recipe} leaves no parameter to train")
         found = simulate(self.applied.model, self._inputs(batch), optimizer=optimizer, **options)
