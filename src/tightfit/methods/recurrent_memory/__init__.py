@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 from torch import nn
 
 from tightfit.core import hfmodel
-from tightfit.core.edits import CallEdit, ChildEdit, Claim, Edit, ModuleEdit, is_planning
+from tightfit.core.edits import CallEdit, ChildEdit, Claim, Edit, ModuleEdit
 from tightfit.core.fields import check_bool, check_choice, check_int
 from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.recurrent_memory.calls import MemoryModel, MemoryReader
 from tightfit.methods.recurrent_memory.decoding import Generates
 from tightfit.methods.recurrent_memory.facts import Facts, check_masks, facts_of
-from tightfit.methods.recurrent_memory.reading import CHILD, drawn
+from tightfit.methods.recurrent_memory.reading import CHILD, drawn, spread
 from tightfit.methods.recurrent_memory.recurrence import Recurrence, Settings
 
 
@@ -130,11 +130,12 @@ class RecurrentMemory(Transform):
             return {"recurrence": recurrence}
 
         if self.tokens:
+            wide = spread(model.get_submodule(facts.reader))  # of all rows, whatever becomes of them in this recipe
             yield _TokensEdit(
                 through=tuple(hfmodel.block_linears(model)),
                 module=facts.reader,
                 child=CHILD,
-                make=lambda reader: drawn(reader, self.tokens, self.seed, is_planning()),
+                make=lambda reader: drawn(reader, self.tokens, self.seed, wide),
                 trained="RecurrentMemory trained",
                 note=f"{self.tokens} memory tokens",
             )

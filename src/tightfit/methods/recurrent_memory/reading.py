@@ -210,21 +210,24 @@ def first_memory(reader: nn.Module, rows: int, like: Tensor) -> Tensor:
     return weight.expand(rows, *weight.shape)
 
 
-def drawn(reader: nn.Module, slots: int, seed: int, planned: bool) -> MemoryTokens:
-    """Memory tokens, each drawn by itself with the spread of the token embeddings.
+def spread(reader: nn.Module) -> float | None:
+    """The standard deviation of the token embeddings as the blocks get them; None where there are no values."""
+    table: Any = reader.get_input_embeddings()  # type: ignore[operator]
+    if not hfmodel.has_values(table.weight):
+        return None
+    scale = getattr(table, "scalar_embed_scale", None) or getattr(table, "embed_scale", None) or 1.0
+    return float(table.weight.detach().float().std()) * float(scale)
 
-    Args:
-        planned: nothing will be trained, so nothing is drawn.
-    """
+
+def drawn(reader: nn.Module, slots: int, seed: int, spread: float | None) -> MemoryTokens:
+    """Memory tokens, each drawn by itself with this spread; zeros where there is none, as nothing will be trained."""
     table: Any = reader.get_input_embeddings()  # type: ignore[operator]
     like = table.weight
     # the table may be held in fewer bits than the blocks compute in; their norms are not
     norms = (p.dtype for p in reader.parameters() if p.dim() == 1 and p.is_floating_point())
     dtype = next(norms, like.dtype if like.is_floating_point() else torch.get_default_dtype())
     weight = torch.zeros(slots, table.embedding_dim, dtype=dtype, device=like.device)
-    if planned or not hfmodel.has_values(like):
+    if spread is None:
         return MemoryTokens(weight)
-    scale = getattr(table, "scalar_embed_scale", None) or getattr(table, "embed_scale", None) or 1.0
-    spread = float(like.detach().float().std()) * float(scale)
     numbers = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     return MemoryTokens((numbers * spread).to(weight))
