@@ -42,6 +42,20 @@ def test_encoder_and_decoder_read_the_same_reduced_table(family):
         assert torch.equal(ours(ids), theirs(ids))
 
 
+@pytest.mark.parametrize("head", ["full", "split"])
+def test_a_decoder_may_have_a_table_of_its_own(head):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    parts = (hf.BertConfig(**sizes, vocab_size=90), hf.BertConfig(**sizes, vocab_size=90, is_decoder=True))
+    parts[1].add_cross_attention = True
+    config = hf.EncoderDecoderConfig.from_encoder_decoder_configs(*parts, decoder_start_token_id=1, pad_token_id=0)
+    stock = hf.EncoderDecoderModel(config=config).eval()
+    reduced = copy.deepcopy(stock)
+    tightfit.apply(reduced, PartialEmbedding(ids=[0, 1, *range(20, 60)], head=head))
+    batch = {"input_ids": torch.tensor([[21, 40, 59]]), "labels": torch.tensor([[30, 57]])}
+    torch.testing.assert_close(reduced(**batch).loss, stock(**batch).loss)
+
+
 @pytest.mark.parametrize("pad", [119, 0, 40])
 def test_padding_may_be_any_kept_id(pad):
     """Its number inside the table is another one; pooling of the last token goes by the original."""

@@ -209,8 +209,11 @@ class PartialEmbedding(Transform):
             )
         if reduced:
             for name in tables.lookups:
-                if not isinstance(model.get_submodule(name), nn.Embedding):
-                    kind = type(model.get_submodule(name)).__name__
+                lookup = model.get_submodule(name)
+                if not any(lookup.weight is tensor.tensor for tensor in reduced):
+                    continue  # a decoder's own table that is tied to a full head
+                if not isinstance(lookup, nn.Embedding):
+                    kind = type(lookup).__name__
                     raise UnsupportedModelError(f"PartialEmbedding: {name} is a {kind}, accepted is an nn.Embedding")
                 yield LookupEdit(module=name, part=vocabulary)
             yield ModuleEdit(
