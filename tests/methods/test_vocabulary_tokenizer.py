@@ -348,6 +348,17 @@ def test_unreachable_tokens_are_reported():
     assert trimmed.unreachable == (len(scored) - 1,)
 
 
+def test_an_added_token_that_merges_give_too_keeps_its_parents():
+    vocab = {token: i for i, token in enumerate(["<unk>", "s", "e", "a", "se", "sea", "x"])}
+    backend = Tokenizer(models.BPE(vocab, [("s", "e"), ("se", "a")], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_tokens([AddedToken("sea", single_word=True)])
+    old = named(backend, unk_token="<unk>")
+    trimmed = trim_tokenizer(old, seen(old, ["seax"]), close=True)
+    assert trimmed.ids == tuple(range(7)) and trimmed.unreachable == ()
+    check_exact(old, trimmed, ["seax", "sea"])
+
+
 def test_ignored_merges_reach_whole_words():
     spec = json.loads(llama3().backend_tokenizer.to_str())
     vocab = spec["model"]["vocab"]

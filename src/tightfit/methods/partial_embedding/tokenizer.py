@@ -83,8 +83,9 @@ def trim_tokenizer(tokenizer: Any, ids: Iterable[int], *, close: bool = False) -
 
     unreachable: set[int] = set()
     if spec["model"]["type"] == "BPE":
-        texts = {i: token_of[i] for i in kept if i in token_of and i not in added_tokens}
+        texts = {i: token_of[i] for i in kept if token_of.get(i) in vocab}  # merges may give an added token too
         parents, unreachable = _bpe_closure(spec["model"], vocab, texts)
+        unreachable -= set(added_tokens)
         missing = {vocab[part]: token for part, token in parents.items() if vocab[part] not in kept}
         if missing and not close:
             needed = (f"{i} ({token_of[i]!r}, for {token!r})" for i, token in sorted(missing.items()))
