@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -11,11 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import bert, gpt2, t5, vit
-from transformers import GPT2Config
+from transformers import BertConfig, GPT2Config
 
 from tightfit.core.errors import RecipeError
 from tightfit.train import metrics
 from tightfit.train.data import load_data
+from tightfit.train.images import build_processor
 from tightfit.train.question_answering import Question, best_answers, score
 from tightfit.train.recipe_file import RecipeFile
 from tightfit.train.tasks import (
@@ -251,6 +253,35 @@ def test_byte_level_tokenizers_take_words(tmp_path):
     row = load_data(file, tokenizer).train[0]
     assert tokenizer.decode(row["input_ids"]) in ("good film", " good film", "goodfilm")
     assert [label for label in row["labels"] if label != -100] == [0, 1]
+
+
+def test_an_encoder_is_no_causal_lm(tmp_path):
+    rows = jsonl(tmp_path / "r.jsonl", {"text": "good film"}, {"text": "the quick brown fox"})
+    folder = bert(tmp_path / "bert")
+    file = recipe(folder, "causal-lm", text="text", **rows)
+    data = load_data(file, build_tokenizer(file))
+    with pytest.raises(RecipeError, match=r"BertLMHeadModel of .* a token sees those behind it.*is_decoder"):
+        build_model(file, data)
+    config = BertConfig.from_pretrained(folder)
+    config.is_decoder = True
+    config.save_pretrained(folder)
+    assert build_model(file, data).config.is_decoder
+
+
+def test_images_are_scaled_as_a_model_of_the_hub_says(tmp_path, monkeypatch):
+    made = vit(tmp_path / "vit")
+    settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.9, 0.8, 0.7]}
+    snapshot = tmp_path / "hub" / "models--own--vit" / "snapshots" / ("a" * 40)
+    shutil.copytree(made, snapshot)
+    (snapshot / "preprocessor_config.json").write_text(json.dumps(settings))
+    refs = snapshot.parent.parent / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    processor = build_processor("own/vit")
+    assert processor.mean == (0.1, 0.2, 0.3) and processor.std == (0.9, 0.8, 0.7)
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text()) == settings
 
 
 def test_perplexity_is_over_tokens_and_no_logits_are_kept(tmp_path):

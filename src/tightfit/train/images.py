@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tightfit.train.data import TaskData
     from tightfit.train.recipe_file import RecipeFile
 
+PROCESSOR_FILE = "preprocessor_config.json"
 _SPLITS = {"train": ("train_", ""), "eval": ("eval_", "test_", "val_", "")}
 
 
@@ -36,7 +37,7 @@ class ImageProcessor:
     channels: int = 3
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
-    folder: str | None = None
+    config_file: str | None = None
 
     def __call__(self, images: np.ndarray) -> torch.Tensor:
         """uint8 (rows, height, width, channels) -> float (rows, channels, height, width) as the model wants it."""
@@ -52,25 +53,25 @@ class ImageProcessor:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Put the model's own preprocessor_config.json into the folder, if it has one."""
-        source = Path(self.folder or "") / "preprocessor_config.json"
-        if self.folder and source.exists():
-            shutil.copyfile(source, Path(folder) / source.name)
+        if self.config_file:
+            shutil.copyfile(self.config_file, Path(folder) / PROCESSOR_FILE)
 
 
 def build_processor(path: str) -> ImageProcessor:
     """Read size, mean and std from preprocessor_config.json, the rest from config.json."""
     from transformers import AutoConfig
+    from transformers.utils import cached_file
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        file = cached_file(path, PROCESSOR_FILE, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise RecipeError(f"model: {path}: no config could be read: {reason}") from error
     size = getattr(config, "image_size", None)
     settings: dict[str, Any] = {}
-    file = Path(path) / "preprocessor_config.json"
-    if file.exists():
-        settings = json.loads(file.read_text(encoding="utf-8"))
+    if file:
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
         size = size or settings.get("crop_size") or settings.get("size")
     if isinstance(size, dict):
         size = (size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge")))
@@ -83,7 +84,7 @@ def build_processor(path: str) -> ImageProcessor:
         channels=getattr(config, "num_channels", 3),
         mean=tuple(settings.get("image_mean") or (0.5,)),
         std=tuple(settings.get("image_std") or (0.5,)),
-        folder=path,
+        config_file=file,
     )
 
 

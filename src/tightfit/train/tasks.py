@@ -101,8 +101,8 @@ def build_model(file: RecipeFile, data: TaskData) -> PreTrainedModel:
     `precision: bf16` and `fp16` keep fp32 weights and mean autocast, as in `TrainingArguments(bf16=True)`.
 
     Raises:
-        RecipeError: no such model, none for this task, weights that do not fit its config, or
-            `train.max_length` above its positions.
+        RecipeError: no such model, none for this task, weights that do not fit its config,
+            `train.max_length` above its positions, or a causal-lm that sees the tokens behind.
     """
     import transformers
 
@@ -124,6 +124,8 @@ def build_model(file: RecipeFile, data: TaskData) -> PreTrainedModel:
     if hasattr(data.collator, "tokenizer"):  # classifiers find the last token of a row by it
         model.config.get_text_config().pad_token_id = data.collator.tokenizer.pad_token_id
     _check_positions(file, model)
+    if file.task == "causal-lm":
+        _check_causal(file, model)
     return model
 
 
@@ -225,6 +227,18 @@ def _check_positions(file: RecipeFile, model: PreTrainedModel) -> None:
                 raise RecipeError(
                     f"train.max_length: got {longest}, {file.model} has positions for {limit} tokens ({name})"
                 )
+
+
+@torch.no_grad()
+def _check_causal(file: RecipeFile, model: PreTrainedModel) -> None:
+    """Encoders have heads for this task too, and without a causal mask they learn to copy what they are to predict."""
+    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]])
+    one, other = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
+    if not torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(one.abs().max())):
+        raise RecipeError(
+            f"model: in {type(model).__name__} of {file.model} a token sees those behind it, accepted for causal-lm "
+            f"are models with a causal mask; set is_decoder to true in its config.json if that is meant"
+        )
 
 
 def _first_output(logits: Any, labels: torch.Tensor) -> torch.Tensor:
