@@ -1,5 +1,6 @@
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tiny_models import bytes_bpe, wordpiece
 from tightfit.core.errors import DataError, RecipeError
 from tightfit.train.data import load_data, longest_batch
 from tightfit.train.images import ImageProcessor
+from tightfit.train.question_answering import read_squad
 from tightfit.train.recipe_file import RecipeFile, TrainSection
 from tightfit.train.rows import Rows
 from tightfit.train.sources import split_off, split_tail
@@ -465,6 +467,13 @@ def squad(path, answer="fox", start=16, context="the quick brown fox over the la
     item = {"id": "q1", "question": question, "answers": [{"text": answer, "answer_start": start}]}
     paragraphs = [{"context": context, "qas": [item]}]
     return write(path, json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}]}))
+
+
+def test_questions_behind_a_byte_order_mark(tmp_path):
+    path = squad(tmp_path / "a.json")
+    plain = read_squad(path)
+    Path(path).write_bytes(b"\xef\xbb\xbf" + Path(path).read_bytes())
+    assert read_squad(path) == plain
 
 
 def test_questions_are_windowed_and_answers_found(tmp_path):

@@ -233,7 +233,7 @@ def read_squad(name: str) -> list[Question]:
     """Read SQuAD v1.1 or v2.0 JSON, every answer checked against its context. Raises: DataError."""
     try:
         with opened(Path(name).expanduser()) as file:
-            content = parse_json(file.read().decode("utf-8"))
+            content = parse_json(file.read().decode("utf-8-sig"))
     except FileNotFoundError:
         raise DataError(f"{name}: no such data file") from None
     except DataError:
