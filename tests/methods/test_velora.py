@@ -81,6 +81,14 @@ def test_it_acts_on_weights_that_train(family):
     assert sorted(lora) == sorted(f"{name}.lora_A.default" for name in full)
 
 
+@pytest.mark.parametrize("others", [[], [Lora(rank=2)]], ids=["full", "lora"])
+def test_heads_keep_their_whole_input(others):
+    names = estimated(applied_to("bert", Velora(groups=8, where="*"), *others).model)
+    assert names and all(".layer." in name for name in names)
+    with pytest.raises(SelectorError, match=r"where='classifier'\): classifier of BertFor\w+ lie outside the blocks"):
+        applied_to("bert", Velora(groups=8, where="classifier"), *others)
+
+
 def test_adapters_that_were_there_before():
     from peft import LoraConfig, inject_adapter_in_model
 

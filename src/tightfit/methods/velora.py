@@ -36,7 +36,8 @@ class Velora(Transform):
         init: the direction: "batch_average_once", "batch_average", "random", "random_unbiased" (unbiased, with a
             relative variance of about I / groups - 1).
         scale: factor of the weight gradient; it matters to clipping and SGD, hardly to Adam.
-        where: which linear layers (patterns with `|` between them); None: value and down projections of the blocks.
+        where: which linear layers of the blocks (patterns with `|` between them); None: value and down projections.
+            Heads and poolers keep their whole input: one that begins from nothing does not learn from a part of it.
 
     Raises:
         TypeError, ValueError: a field out of range; more groups than a layer has channels (when applied).
@@ -88,7 +89,7 @@ class Velora(Transform):
 
     def _targets(self, model: nn.Module) -> list[str]:
         if self.where is not None:
-            return named_linears(model, self.where, method="Velora")
+            return self._in_blocks(model, named_linears(model, self.where, method="Velora"))
         targets = value_and_down(model)
         if not targets:
             raise SelectorError(
@@ -96,6 +97,16 @@ class Velora(Transform):
                 f"({shorten(sorted(VALUE | DOWN), 20)}); name the layers with where="
             )
         return targets
+
+    def _in_blocks(self, model: nn.Module, names: list[str]) -> list[str]:
+        blocks = {name.removesuffix(".base_layer") for name in hfmodel.block_linears(model)}
+        inside = [name for name in names if name in blocks] if blocks else names
+        if not inside:
+            raise SelectorError(
+                f"Velora(where={self.where!r}): {shorten(names, 3)} of {type(model).__name__} lie outside the blocks, "
+                f"and heads do not learn from a part of their input; accepted are layers in the blocks, as in where='*'"
+            )
+        return inside
 
 
 class Directions(Part):
