@@ -138,7 +138,7 @@ def positions(model: nn.Module) -> int | None:
 
 
 def _pair(batch: Any) -> tuple[int, int]:
-    if not isinstance(batch, tuple) or len(batch) != 2:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise DataError(_ACCEPTED.format(repr(batch)))
     size, length = batch
     for name, value in (("batch_size", size), ("length", length)):

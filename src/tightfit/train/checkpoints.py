@@ -304,7 +304,9 @@ def _load_parts(path: Path, applied: Applied, process: int) -> None:
     found = load_file(file) if file.exists() else {}
     for part in applied.parts:
         prefix = f"{type(part).__name__}/"
-        part.load_training_tensors({k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)})
+        held = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+        if held:
+            part.load_training_tensors(held)
     if (path / _process_file(process)).exists():
         applied.load_state_dict(load_file(path / _process_file(process)))
 
