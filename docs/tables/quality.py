@@ -7,7 +7,10 @@ from tables import footer, grid
 
 
 def of_group(result: dict[str, Any], group: str) -> str:
-    """A line per recipe: its metric on every task, in points, the mean over seeds; and how far it is from its base."""
+    """A line per recipe: its metric on every task, in points, the mean over seeds; and how far it is from its base.
+
+    That is the mean over tasks, of each the mean over the seeds that both were run with.
+    """
     groups = result["config"]["groups"]
     recipes = [*groups["baselines"], *groups[group]]
     own = [row for row in result["rows"] if row["recipe"] in recipes]
@@ -24,8 +27,9 @@ def of_group(result: dict[str, Any], group: str) -> str:
         for task in tasks:
             found, others = values.get((recipe, task), {}), values.get((base, task), {})
             cells.append(f"{statistics.fmean(found.values()):.1f}" if found else "-")
-            # a run that is not there yet must not move the mean
-            differences += [found[seed] - others[seed] for seed in found.keys() & others.keys()]
+            both = found.keys() & others.keys()  # a run that is not there yet must not move the mean
+            if both:
+                differences.append(statistics.fmean(found[seed] - others[seed] for seed in both))
         mean = f"{statistics.fmean(differences):+.2f} to {base}" if differences and recipe != base else ""
         rows.append([recipe, *cells, mean])
     header = ["recipe", *(f"{task}, {metric}" for task, metric in tasks.items()), "mean difference"]
