@@ -23,6 +23,13 @@ from tasks import SST2, recipe_file, sts_benchmark
 NAME = "quality"
 QUICK = False
 SEEDS = (0, 1, 2)
+COLA = {
+    "train": "cola/train.tsv.gz",
+    "eval": "cola/dev.tsv",
+    "columns": ["source", "label", "note", "sentence"],
+    "text": ["sentence"],
+    "label": "label",
+}
 TASKS: dict[str, dict[str, Any]] = {
     "SST-2": {
         "data": {**SST2, "rows": 5000},
@@ -36,13 +43,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "epochs": 1,
     },
     "CoLA": {
-        "data": {
-            "train": "cola/train.tsv.gz",
-            "eval": "cola/dev.tsv",
-            "columns": ["source", "label", "note", "sentence"],
-            "text": ["sentence"],
-            "label": "label",
-        },
+        "data": COLA,
         "metric": "matthews",
         "epochs": 2,  # after one it still calls every sentence acceptable
     },
@@ -70,13 +71,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "CoLA, 4 epochs": {
         # its seeds differ less once the task is learnt
-        "data": {
-            "train": "cola/train.tsv.gz",
-            "eval": "cola/dev.tsv",
-            "columns": ["source", "label", "note", "sentence"],
-            "text": ["sentence"],
-            "label": "label",
-        },
+        "data": COLA,
         "metric": "matthews",
         "epochs": 4,
     },
@@ -202,16 +197,20 @@ def run(
     for key, row in sorted(todo.items(), key=lambda item: item[1]["recipe"] not in first):
         with sharing.taken(name, key) as mine:
             if mine and key not in map(_key, record.rows(name)):
-                sharing.add(name, config, trained(row), kept)
+                kind = tasks[row["task"]].get("task", "sequence-classification")
+                sharing.add(name, config, trained(row, kind), kept)
     return kept(record.rows(name))
 
 
-def trained(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with what its run gave."""
+def trained(row: dict[str, Any], task: str) -> dict[str, Any]:
+    """The row with what its run gave.
+
+    Args:
+        task: as recipe files name it.
+    """
     from tightfit.train.run import prepare, train
 
     with tempfile.TemporaryDirectory() as folder:
-        task = TASKS[row["task"]].get("task", "sequence-classification")
         file = recipe_file(row["data"], row["methods"], row["train"], Path(folder) / "run", task=task)
         result = train(file, prepared=prepare(file))
     value = result.metrics[row["metric"]]

@@ -158,10 +158,11 @@ def _encode(tokenizer: Any, rows: list[Question], batch: range, length: int, win
         in_context = encoded.sequence_ids(row)
         offsets = [tuple(o) if s == 1 else None for o, s in zip(encoded["offset_mapping"][row], in_context)]
         windows.append((batch[position], offsets))
+    found = [(index, offsets, _inside(rows[index], offsets)) for index, offsets in windows[before:]]
     answers: dict[int, set] = {}
-    for index, offsets in windows[before:]:
-        answers.setdefault(index, set()).update(offsets[i] for i in _inside(rows[index], offsets))
-    spans = [_span(rows[index], offsets, answers[index]) for index, offsets in windows[before:]]
+    for index, offsets, inside in found:
+        answers.setdefault(index, set()).update(offsets[i] for i in inside)
+    spans = [_span(inside, offsets, answers[index]) for index, offsets, inside in found]
     kept = {k: v for k, v in encoded.items() if k not in ("overflow_to_sample_mapping", "offset_mapping")}
     return {**kept, "start_positions": [s for s, _ in spans], "end_positions": [e for _, e in spans]}
 
@@ -181,9 +182,8 @@ def _check_room(tokenizer: Any, questions: list[Question], length: int) -> None:
             )
 
 
-def _span(question: Question, offsets: list, answer: set) -> tuple[int, int]:
-    """First and last token of the answer in a window; (0, 0) where it lacks one of the answer's tokens."""
-    inside = _inside(question, offsets)
+def _span(inside: list[int], offsets: list, answer: set) -> tuple[int, int]:
+    """First and last of the answer's tokens in a window; (0, 0) where it lacks one of them."""
     return (inside[0], inside[-1]) if inside and {offsets[i] for i in inside} == answer else (0, 0)
 
 

@@ -24,6 +24,7 @@ from tightfit.core.skeleton import skeleton
 from tightfit.train import checkpoints, folder
 from tightfit.train.data import TaskData, load_data, longest_batch
 from tightfit.train.failures import is_no_space, is_out_of_memory, no_space, out_of_memory, unwritten
+from tightfit.train.metrics import is_score
 from tightfit.train.recipe_file import check_optimizer
 from tightfit.train.stopping import StopRequest, stopping_on_signals
 from tightfit.train.tasks import build_model, build_tokenizer, model_path, primary_metric
@@ -279,7 +280,7 @@ def _run(
         steps=steps,
         metric_name=metric.name,
         metric=scores[f"eval_{metric.name}"],
-        metrics={key.removeprefix("eval_"): value for key, value in scores.items() if _is_score(key)},
+        metrics={key.removeprefix("eval_"): value for key, value in scores.items() if is_score(key)},
         train_seconds=seconds,
         peak_bytes=measured.peak_bytes,
         saved_bytes=measured.saved_bytes,
@@ -355,10 +356,6 @@ def _newest(file: RecipeFile) -> Path | None:
 
 def _stored(file: RecipeFile, values: dict[str, Any]) -> RunResult:
     return RunResult(output=file.output, recipe=Recipe.from_list(read_document(file.output)["methods"]), **values)
-
-
-def _is_score(key: str) -> bool:
-    return key.startswith("eval_") and not key.endswith(("_runtime", "_per_second", "_preparation_time"))
 
 
 def _shape(batch: dict[str, Any]) -> str:
