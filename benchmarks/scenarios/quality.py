@@ -115,7 +115,8 @@ GROUPS: dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]] = {
         "FusedOps + Mesa": (FULL, [*FUSED, {"Mesa": {}}]),
         "FusedOps + WtaCrs": (FULL, [*FUSED, {"WtaCrs": {}}]),
         "WtaCrs": (FULL, [{"WtaCrs": {}}]),
-        "Lora + Velora": (ADAPTERS, [*LORA, {"Velora": {"where": "*"}}]),
+        "Lora + Velora": (ADAPTERS, [*LORA, {"Velora": {}}]),
+        "Lora + Velora, all layers": (ADAPTERS, [*LORA, {"Velora": {"where": "*"}}]),
     },
     "tokens": {
         "TokenTune 16": (FULL, [{"TokenTune": {"count": 16}}]),

@@ -39,8 +39,8 @@ VIT = {
 SETTINGS: dict[str, Any] = {
     "vit": VIT,
     "base": {"epochs": 20, "batch": 64, "rate": 5e-4},
-    "adapt": {"epochs": 2, "batch": 64},
-    "train": 2500,
+    "adapt": {"epochs": 2, "batch": 32},
+    "train": 6000,
     "eval": 2000,
 }
 
