@@ -168,6 +168,22 @@ class Gated(torch.nn.Module):
         return self.dropout(out) if self.odd == "a dropout module behind" else out
 
 
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_on_the_activation_of_a_gated_mlp(kind):
+    stock, applied = twin("llama", dropout=0.0)
+    heard = []
+
+    def hook(module, *seen):
+        (value,) = seen[0] if kind != "forward" else seen[1:]
+        heard.append(kind)
+        return value * 2 if kind == "forward" else (value * 2,)
+
+    for model in (stock, applied.model):
+        getattr(model.model.layers[0].mlp.act_fn, f"register_{kind}_hook")(hook)
+    assert_equal_gradients(stock, applied.model, models.batch(stock), tolerance=1e-6)
+    assert len(heard) == 2
+
+
 ODD = ["a clamp", "float32 inside", "a factor", "a dropout function behind", "a dropout module behind"]
 
 
