@@ -194,6 +194,20 @@ def test_the_models_own_checkpointing_on_top(row, family):
 
 
 @each_in_turn
+def test_inference_mode(row, family):
+    model, _applied = applied_to(row, family)
+    batch = models.batch(model)
+    wanted = logits(model, batch)
+    model(**batch).loss.backward()
+    with torch.inference_mode():
+        model(**batch)
+        state, found = model.state_dict(), model.eval()(**batch).logits
+    torch.testing.assert_close(found, wanted)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    model.train()(**batch).loss.backward()  # nothing that was made in it is left behind
+
+
+@each_in_turn
 def test_training_lowers_the_loss(row, family):
     model, applied = applied_to(row, family, dropout=0.0)
     losses = train(model, applied.optimizer(lr=1e-2), models.batch(model), 8)

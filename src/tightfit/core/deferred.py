@@ -20,7 +20,7 @@ from torch import nn
 from tightfit.core.errors import StateError
 from tightfit.core.marks import codec_of
 from tightfit.core.tight import state_of
-from tightfit.ops.autograd import autocast_dtype
+from tightfit.ops.autograd import autocast_dtype, version
 from tightfit.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -108,7 +108,7 @@ class Call:
 
     @staticmethod
     def of(head: nn.Module, kind: str) -> Call:
-        versions = tuple((p, _version(p)) for p in head.parameters())
+        versions = tuple((p, version(p)) for p in head.parameters())
         return Call(torch.is_grad_enabled(), autocast_dtype(kind), versions)
 
     def again(self, kind: str) -> contextlib.ExitStack:
@@ -117,7 +117,7 @@ class Call:
         Raises:
             StateError: the head's parameters have changed.
         """
-        if any(_version(p) != version for p, version in self.versions):
+        if any(version(p) != seen for p, seen in self.versions):
             raise StateError(
                 "logits of a language model were read after the weights of its head had changed, and they are computed "
                 "when they are read first; read them before the optimizer's step (logits.detach() is enough)"
@@ -129,10 +129,6 @@ class Call:
             casts = torch.autocast(kind, dtype=self.cast, enabled=self.cast is not None, cache_enabled=False)
             modes.enter_context(casts)
         return modes
-
-
-def _version(parameter: torch.Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version
 
 
 class DeferredLogits(torch.Tensor):
@@ -178,7 +174,7 @@ class DeferredLogits(torch.Tensor):
                     for function, args, kwargs in self._steps:
                         out = function(out, *args, **kwargs)
                     self._real = self._source.finish(self._head, out)
-            self._version_seen = 0 if self._real.is_inference() else self._real._version
+            self._version_seen = version(self._real)
         return self._real
 
     def _was_written_to(self) -> bool:

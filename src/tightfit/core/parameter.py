@@ -16,6 +16,7 @@ from tightfit.core.edit import Claim, Edit, Handle, is_planning
 from tightfit.core.errors import StateError
 from tightfit.core.tight import is_tight, loosen, state_of, tighten
 from tightfit.core.transform import Slot
+from tightfit.ops.autograd import version
 
 
 class Codec(Protocol):
@@ -94,12 +95,12 @@ class Held:
         """The stock-shaped tensor; the same object as long as neither it nor the stand-in has changed."""
         small = small.detach()
         own = small.to_local() if is_sharded(small) else small  # type: ignore[attr-defined]
-        key = (hfmodel.storage_key(own), own._version)
+        key = (hfmodel.storage_key(own), version(own))
         last = self._full() if self._full is not None else None
-        if last is not None and self._key == (*key, last._version):
+        if last is not None and self._key == (*key, version(last)):
             return last
         full = self.codec.decode(whole(small))
-        self._full, self._key = weakref.ref(full), (*key, full._version)
+        self._full, self._key = weakref.ref(full), (*key, version(full))
         return full
 
     def shrunk(self, value: torch.Tensor, current: torch.Tensor) -> torch.Tensor:

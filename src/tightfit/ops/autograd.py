@@ -64,6 +64,11 @@ def _unhooked(tensors: Sequence[Tensor]) -> Iterator[None]:
             table.update(hooks)
 
 
+def version(tensor: Tensor) -> int:
+    """How often a tensor has been written to; 0 for one of inference mode, where nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype autocast casts products to on this device now, or None."""
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):

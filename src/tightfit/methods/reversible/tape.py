@@ -19,7 +19,7 @@ from tightfit.core.hfmodel import has_values, storage_key
 from tightfit.core.recording import note
 from tightfit.methods.reversible.replay import Extras, Part
 from tightfit.methods.reversible.streams import Fixed, Floating, Half, Streams
-from tightfit.ops.autograd import inner_gradients, refuse_second_derivative, saved_apart
+from tightfit.ops.autograd import inner_gradients, refuse_second_derivative, saved_apart, version
 from tightfit.ops.replay import Replay
 
 Numbers = Fixed | Floating
@@ -110,8 +110,7 @@ class Tape:
 
 
 def _look(tensor: Tensor) -> tuple:
-    version = 0 if tensor.is_inference() else tensor._version
-    return storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), version
+    return storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), version(tensor)
 
 
 class _Step:

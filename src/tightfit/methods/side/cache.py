@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tightfit.core.hfmodel import has_values, storage_keys
 from tightfit.core.host import map_file
-from tightfit.ops.autograd import autocast_dtype
+from tightfit.ops.autograd import autocast_dtype, version
 
 SEGMENT_BYTES = 2**25
 RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -192,8 +192,7 @@ class FeatureCache:
 
 def _state_of(tensor: Tensor) -> tuple:
     """Changes when the tensor is written to, or gets another memory or type; not with a write through its `.data`."""
-    version = 0 if tensor.is_inference() else tensor._version
-    return id(tensor), version, tensor.dtype, frozenset(storage_keys([tensor]))
+    return id(tensor), version(tensor), tensor.dtype, frozenset(storage_keys([tensor]))
 
 
 def _examples(

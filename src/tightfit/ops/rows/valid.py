@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tightfit.ops.autograd import version
+
 FLOOR = 1e-3
 """What a masked row's score is multiplied with: never 0, so that a mask that is wrong costs variance, not the mean."""
 
@@ -49,7 +51,7 @@ def row_factor(shape: Sequence[int]) -> Tensor | None:
 def _seen(mask: Tensor) -> Tensor:
     """(B, S): 1 where a position is seen, FLOOR elsewhere; made once for all blocks that get this mask."""
     known: tuple[int, Tensor] | None = getattr(mask, _ATTRIBUTE, None)
-    if known is not None and known[0] == mask._version:
+    if known is not None and known[0] == version(mask):
         return known[1]
     seen = mask.detach()
     if seen.dim() == 4:
@@ -57,7 +59,8 @@ def _seen(mask: Tensor) -> Tensor:
     elif seen.is_floating_point():
         seen = torch.where((seen < 0).any() | (seen == 0).all(), seen >= 0, seen != 0)
     seen = torch.where(seen.bool(), 1.0, FLOOR)
-    setattr(mask, _ATTRIBUTE, (mask._version, seen))
+    if not seen.is_inference():  # a step could not use it, and writes to such a mask would not be seen
+        setattr(mask, _ATTRIBUTE, (version(mask), seen))
     return seen
 
 
