@@ -181,6 +181,15 @@ def test_two_forwards_before_one_backward_and_an_evaluation_in_between():
     assert_close((float(sum(losses).detach()), {n: p.grad for n, p in model.named_parameters()}), wanted)
 
 
+def test_a_kept_graph_gives_the_same_gradients_twice():
+    model = build(DECODERS["gpt2"])
+    applied(model, tokens=2, segment=5)
+    loss = model(**batch()).loss
+    first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    second = torch.autograd.grad(loss, list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_an_error_inside_leaves_nothing_behind():
     model = build(DECODERS["gpt2"])
     out = applied(model, tokens=2, segment=5)

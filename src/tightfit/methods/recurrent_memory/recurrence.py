@@ -295,6 +295,16 @@ def again(run: Callable[..., Any], memory: Tensor, reader: nn.Module) -> Any:
             for part, choice in zip(parts, before):
                 part.restore_draws(choice)
 
+    class Second:
+        """A kept graph is gone through several times, so the context must be enterable anew."""
+
+        def __enter__(self):
+            self.running = second()
+            return self.running.__enter__()
+
+        def __exit__(self, *exc):
+            return self.running.__exit__(*exc)
+
     class First:
         def __enter__(self):
             return self
@@ -307,7 +317,7 @@ def again(run: Callable[..., Any], memory: Tensor, reader: nn.Module) -> Any:
         memory,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=lambda: (First(), second()),
+        context_fn=lambda: (First(), Second()),
     )
 
 
