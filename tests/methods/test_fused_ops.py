@@ -355,6 +355,19 @@ def test_a_kept_graph_gives_the_same_gradients_twice():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_a_call_with_other_parameters():
+    stock, applied = twin("llama")
+    found = []
+    for model in (stock, applied.model):
+        given = {name: p.detach().clone().requires_grad_() for name, p in stock.named_parameters()}
+        if model is applied.model:
+            with torch.no_grad():
+                _ = [p.add_(1.0) for p in model.parameters()]
+        torch.func.functional_call(model, given, (), models.batch(stock)).loss.backward()
+        found.append({name: p.grad for name, p in given.items()})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
+
+
 def test_a_compiled_model_runs_stock_operators():
     stock, applied = twin("bert", dropout=0.0)
     applied.model.compile(backend="aot_eager")

@@ -181,8 +181,8 @@ def rms_norm(
             returned bit for bit.
         offset: 1 where the model stores the weight around zero (Gemma).
         codec: keeps the normalised rows in its code instead of x.
-        rebuild: makes the output again from a copy of the weight and x, where the model may be without its weight
-            when backward needs the output.
+        rebuild: makes the output again from the weight, or a copy of it, and x: the model may be without its weight
+            when backward needs the output, or have another one. None: `stock` does that.
 
     The backward is the derivative of that formula in float32 (float64 for float64), as reference.py has it.
 
@@ -198,7 +198,7 @@ def rms_norm(
         return stock(x)
     held: Tensor = lasting(weight)  # type: ignore[assignment]
     if codec is None or not x.numel():
-        from_x = stock if rebuild is None or held is weight else functools.partial(rebuild, held)
+        from_x = stock if rebuild is None else functools.partial(rebuild, held)
         return attach(_RMSNorm.apply(x, weight, eps, stock, offset), (x,), from_x, rowwise=True)
     out, *packed = _CodedRMSNorm.apply(x, weight, eps, stock, offset, codec)
     shape, dtype, kind = out.shape, out.dtype, _compute_dtype(x)
