@@ -207,6 +207,30 @@ def test_inference_mode(row, family):
     model.train()(**batch).loss.backward()  # nothing that was made in it is left behind
 
 
+# torch's checkpoint runs again with what is in the model at the time; rows in host memory are no parameters
+OTHER_RUNS = ("checkpointing", "tape", "sparse")
+OWN_RUNS = [pytest.param(r, f, id=f"{r.name}-{f}") for r, f in in_turn if not r.name.startswith(OTHER_RUNS)]
+
+
+@pytest.mark.parametrize(("row", "family"), OWN_RUNS)
+def test_a_step_with_other_parameters_and_a_backward_in_another_mode(row, family):
+    model, _applied = applied_to(row, family)
+    batch, twin = models.batch(model), copy.deepcopy(model)
+    loss, grads = gradients(model, batch)
+    own = {name: p.detach().clone().requires_grad_() for name, p in twin.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name in own:
+            twin.get_parameter(name).add_(1.0)
+    torch.manual_seed(0)
+    again = torch.func.functional_call(twin, own, (), batch).loss
+    torch.testing.assert_close(again.detach(), loss)
+    twin.eval()
+    found = torch.autograd.grad(again, [own[name] for name in grads])
+    torch.testing.assert_close(dict(zip(grads, found)), grads)
+    assert not any(module.training for module in twin.modules())
+    assert not any(parameter is own.get(name) for name, parameter in twin.named_parameters())
+
+
 @each_in_turn
 def test_training_lowers_the_loss(row, family):
     model, applied = applied_to(row, family, dropout=0.0)

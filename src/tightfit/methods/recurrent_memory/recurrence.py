@@ -121,7 +121,8 @@ class Recurrence(Part):
         if training and labelled:
             pieces, total = self._stage(pieces, targets, total, main)
         step = functools.partial(self._step, model, stock, call, targets, total, head, (rows, length), not training)
-        results, last = self._loop(reader, pieces, step, main, rows, training, labels if head == "pooled" else None)
+        pooled = labels if head == "pooled" else None
+        results, last = self._loop(model, reader, pieces, step, main, rows, training, pooled)
         out = self._joined(results, last, head, targets, training, source, moved, length)
         return out.to_tuple() if tuple_wanted else out
 
@@ -169,7 +170,7 @@ class Recurrence(Part):
             own = own.masked_fill(~piece.own, IGNORED)
         return own
 
-    def _loop(self, reader, pieces, step, main, rows, training, labels) -> tuple[list[Any], Any]:
+    def _loop(self, model, reader, pieces, step, main, rows, training, labels) -> tuple[list[Any], Any]:
         memory = first_memory(reader, rows, main)
         results = []
         out = None
@@ -179,7 +180,7 @@ class Recurrence(Part):
             if last or not (self.settings.replay and torch.is_grad_enabled()):
                 result, memory, out = run(memory, whole=True)
             else:
-                result, memory = again(run, memory, reader)
+                result, memory = again(run, memory, model, reader)
             results.append(result)
             if self.settings.depth is not None and number % (self.settings.depth + 1) == 0:
                 memory = memory.detach()
@@ -276,10 +277,10 @@ class Recurrence(Part):
         )
 
 
-def again(run: Callable[..., Any], memory: Tensor, reader: nn.Module) -> Any:
+def again(run: Callable[..., Any], memory: Tensor, model: nn.Module, reader: nn.Module) -> Any:
     """Run a segment and keep the memory before it only; in backward it runs again as it ran."""
     real = has_values(memory)
-    state = Replay(memory.device.type, True)
+    state = Replay(memory.device.type, True, model)
     parts = pickers(reader)
     choices = [part.draws() for part in parts]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tightfit.core.recording import noted_kinds, notes_apart
@@ -22,13 +22,21 @@ class Part:
 
     Attributes:
         tensors: the tensors among the arguments, until they are taken.
+        module: what the function runs.
         parameters: what else takes a gradient from it.
         notes: kinds of inner outputs that the model's call asks for.
     """
 
-    def __init__(self, function: Callable, args: tuple = (), kwargs: dict | None = None, parameters: Sequence = ()):
+    def __init__(
+        self,
+        function: Callable,
+        module: nn.Module,
+        args: tuple = (),
+        kwargs: dict | None = None,
+        parameters: Sequence = (),
+    ):
         leaves, self.spec = _flatten((args, kwargs or {}))
-        self.function, self.parameters = function, parameters
+        self.function, self.module, self.parameters = function, module, parameters
         self.notes = noted_kinds()
         self.leaves = [None if torch.is_tensor(leaf) else leaf for leaf in leaves]
         self.places = [i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)]

@@ -188,7 +188,7 @@ class Runner(StackRunner):
 def _part(half: Half, block: nn.Module, forward, args: tuple, kwargs: dict) -> replay.Part:
     if half.part == "lagged":
         adapter: Any = getattr(block, LAGGED)
-        return replay.Part(adapter, parameters=_trained(adapter))
+        return replay.Part(adapter, adapter, parameters=_trained(adapter))
     if half.part in ("attention", "mlp"):
         turn, seam = (1 if half.part == "attention" else 2), seam_of(block)
 
@@ -197,10 +197,10 @@ def _part(half: Half, block: nn.Module, forward, args: tuple, kwargs: dict) -> r
             lagged: Any = block._modules.get(LAGGED)
             return out + lagged(out) if turn == 1 and lagged is not None else out
 
-        return replay.Part(function, args, kwargs, parameters=_trained(block))
+        return replay.Part(function, block, args, kwargs, parameters=_trained(block))
     apart = {id(p) for name in (LAGGED, MERGE) if name in block._modules for p in getattr(block, name).parameters()}
     own = [p for p in _trained(block) if id(p) not in apart]
-    return replay.Part(forward, args, kwargs, parameters=own)
+    return replay.Part(forward, block, args, kwargs, parameters=own)
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:

@@ -79,7 +79,7 @@ class Tape:
         step = _Step(self, half, part, name, self.steps, last, keep)
         wanted = any(t.requires_grad for t in (old, read, *part.parameters, *given))
         if torch.is_grad_enabled() and wanted:
-            step.replay = Replay(read.device.type, random=True)
+            step.replay = Replay(read.device.type, random=True, module=part.module)
             value, *made = _Reverse.apply(step, old, read, *part.parameters, *given)
             step.replay.settle(draws, has_values(read))
         else:

@@ -126,7 +126,8 @@ class TokenTuringStream(nn.Module):
         given = list(zip(x.unbind(1), [None] * x.shape[1] if mask is None else mask.unbind(1)))
         if self.replay and len(given) > 1 and torch.is_grad_enabled():
             random = self.training and self.dropout > 0
-            outputs, state = segment_replay(self.step, state, given, list(self.parameters()), random=random)
+            own = list(self.parameters())
+            outputs, state = segment_replay(self.step, state, given, own, random=random, module=self)
         else:
             outputs = []
             for part in given:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tightfit.ops.autograd import inner_gradients, refuse_second_derivative, saved_apart
@@ -16,7 +16,13 @@ Step = Callable[[Any, Any], tuple[Any, Any]]
 
 
 def segment_replay(
-    step: Step, state: Any, inputs: Sequence[Any], parameters: Sequence[Tensor] = (), *, random: bool = False
+    step: Step,
+    state: Any,
+    inputs: Sequence[Any],
+    parameters: Sequence[Tensor] = (),
+    *,
+    random: bool = False,
+    module: nn.Module | None = None,
 ) -> tuple[list[Any], Any]:
     """Run `step` over all inputs with a state handed on; only the states are kept, each step runs again in backward.
 
@@ -35,6 +41,7 @@ def segment_replay(
             that whatever waits for a parameter's gradient (DDP's reducer) sees one, when it is complete.
         random: the step draws random numbers. A real run notices by itself; one on simulated values needs to be told,
             to count the random states that are kept (5 kB for each step).
+        module: what `step` runs; it runs again in the same mode, and with the parameters that were in it.
 
     Returns:
         (the outputs of all steps, the last state)
@@ -61,7 +68,7 @@ def segment_replay(
     wanted = any(torch.is_tensor(leaf) and leaf.requires_grad for leaf in everything)
     if not given or not wanted or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _loop(step, state, inputs)
-    run = _Run(step, (leaves, spec), given, trained, random)
+    run = _Run(step, (leaves, spec), given, trained, random, module)
     found = _Replayed.apply(run, *run.tensors.pop())
     return run.returned(found)
 
@@ -108,8 +115,9 @@ class _Run:
         given: list[tuple[list[Any], TreeSpec]],
         parameters: list[Tensor],
         random: bool,
+        module: nn.Module | None,
     ):
-        self.step, self.parameters, self.random = step, parameters, random
+        self.step, self.parameters, self.random, self.module = step, parameters, random, module
         self.states = [_Form(*state)]
         self.given = [_Form(*part) for part in given]
         self.outputs: list[_Form] = []
@@ -135,7 +143,7 @@ class _Run:
         device = next((t.device.type for t in tensors), "cpu")
         with own_casts():
             for form, part in zip(self.given, given):
-                replay = Replay(device, True)
+                replay = Replay(device, True, self.module)
                 out, state = self.step(self.states[-1].filled(now), form.filled(part))
                 replay.settle(draws=self.random, real=_real(tensors))
                 self.replays.append(replay)
