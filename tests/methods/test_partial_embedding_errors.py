@@ -1,6 +1,7 @@
 """Bad input is refused where it happens, with what was given, what is allowed and what to do."""
 
 import copy
+import functools
 
 import models
 import numpy as np
@@ -256,15 +257,36 @@ def test_adapters_on_the_embedding_itself_are_refused(how):
         model(**models.batch(applied.model))
 
 
-def test_a_fused_head_that_reads_the_rows_itself_is_refused():
-    _, applied = pair("llama", head="pruned")
+def test_trained_tokens_of_the_embedding_are_refused():
+    import peft
 
-    def fused_lm_head_forward(*args, **kwargs):
+    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[20, 30])
+    model = peft.get_peft_model(models.build("llama"), config)
+    with pytest.raises(UnsupportedModelError, match=r"is a TrainableTokens.*leave the embedding out of these"):
+        tightfit.apply(model, PartialEmbedding(ids=models.kept_ids(model)))
+
+
+@pytest.mark.parametrize("adapted", [None, "before", "after"])
+def test_a_fused_head_that_reads_the_rows_itself_is_refused(adapted):
+    import peft
+
+    stock = model = models.build("llama")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    if adapted == "before":
+        model = peft.get_peft_model(stock, config)
+    # beside adapters the head is frozen, and reduced by default
+    head = "auto" if adapted == "before" else "split"
+    tightfit.apply(model, PartialEmbedding(ids=models.kept_ids(stock), head=head))
+    if adapted == "after":
+        model = peft.get_peft_model(stock, config)
+
+    @functools.wraps(type(stock).forward)  # as TRL does it
+    def forward(*args, fused_lm_head=False, **kwargs):
         raise AssertionError("must not be reached")
 
-    applied.model.forward = fused_lm_head_forward
-    with pytest.raises(StateError, match=r"head='pruned'.*holds 62 of 120 rows; use head='full'"):
-        applied.model(**models.batch(applied.model))
+    stock.forward = forward
+    with pytest.raises(StateError, match=r"head='split'.*holds 62 of 120 rows; use head='full'"):
+        model(**models.batch(stock), fused_lm_head=True)
 
 
 # -- scanning ---------------------------------------------------------------------------------------------------

@@ -138,15 +138,16 @@ class GuardMixin:
         vocabulary: Vocabulary = state_of(self, GuardMixin)["vocabulary"]  # type: ignore[arg-type]
         for lookup in vocabulary.lookups:  # a copy made by an adapter cannot notice that it is one
             _refuse_wrapped(lookup)
-        if "forward" in self.__dict__ and vocabulary.heads:
-            # TRL installs such a forward: it reads the head's weight itself and would take its rows for all of them
-            forward = self.__dict__["forward"]
-            if "fused" in getattr(forward, "__qualname__", "").lower() or "fused_lm_head" in kwargs:
-                raise StateError(
-                    f"PartialEmbedding(head={vocabulary.head!r}): the trainer replaced this model's forward by a fused "
-                    f"head that reads lm_head.weight, which holds {len(vocabulary.ids)} of {vocabulary.size} rows; use "
-                    f"head='full', or switch the trainer's fused loss off"
-                )
+        # TRL installs a forward on the model, inside of what PEFT has made of it: that reads the head's weight itself
+        # and would take its rows for all of them
+        forward = hfmodel.without_peft(self).__dict__.get("forward")
+        fused = "fused" in getattr(forward, "__qualname__", "").lower() or "fused_lm_head" in kwargs
+        if forward is not None and vocabulary.heads and fused:
+            raise StateError(
+                f"PartialEmbedding(head={vocabulary.head!r}): the trainer replaced this model's forward by a fused "
+                f"head that reads lm_head.weight, which holds {len(vocabulary.ids)} of {vocabulary.size} rows; use "
+                f"head='full', or switch the trainer's fused loss off"
+            )
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
 

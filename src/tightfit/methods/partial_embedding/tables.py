@@ -71,6 +71,11 @@ def find_tables(model: nn.Module) -> Tables:
     lookups = _lookups(model, table)
     weights: list[Any] = list(dict.fromkeys(model.get_submodule(name).weight for name in lookups))
     inputs = tuple(_tensor(model, weight) for weight in weights)
+    if not all(t.aliases for t in inputs):  # made anew for each call (PEFT's trainable tokens)
+        raise UnsupportedModelError(
+            f"PartialEmbedding: the token embedding of {type(model).__name__} is a {type(table).__name__}, accepted is "
+            f"a table without adapters; leave the embedding out of these, or PartialEmbedding out of the recipe"
+        )
     head = _head(model, size)
     output = biases = None
     if head is not None:
