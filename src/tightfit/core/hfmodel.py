@@ -180,19 +180,32 @@ def head_parameters(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if not name.startswith(f"{base_name}.")]
 
 
+def prompt_learning(model: nn.Module) -> list[str]:
+    """Kinds of PEFT's prompt learning that the model carries: trained tokens, or keys and values, before each row's."""
+    configs = getattr(model, "peft_config", None) or {}
+    return [str(config.peft_type.value) for config in configs.values() if config.is_prompt_learning]  # type: ignore[operator, union-attr]
+
+
 def adapter_parameters(model: nn.Module) -> list[str]:
-    """Names of what the user's own adapters have added and that trains; none of a stock model's."""
+    """Names of what the user's own adapters or prompts have added and that trains; none of a stock model's."""
+    trains = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    prompts = [name for name, _ in trains if prompt_learning(model) and name.startswith("prompt_encoder.")]
     if not any(is_adapter(module) for module in model.modules()):
-        return []
+        return prompts
     stock = {id(parameter) for _, module in stock_modules(model) for parameter in module._parameters.values()}
-    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in stock]
+    return [name for name, p in trains if id(p) not in stock or name in prompts]
 
 
 def adapted_layers(model: nn.Module) -> list[str]:
-    """Real names of the stock layers that the user's own adapters stand around, where these train."""
+    """Real names of the stock layers whose graph the user's own adapters need: those inside them, where these train.
+
+    The gradient of prompts goes through all layers of the blocks.
+    """
     added = adapter_parameters(model)
     layers = [name for name, module in model.named_modules() if is_adapter(module)]
-    return [f"{layer}.base_layer" for layer in layers if any(name.startswith(f"{layer}.") for name in added)]
+    inside = [f"{layer}.base_layer" for layer in layers if any(name.startswith(f"{layer}.") for name in added)]
+    through = block_linears(model) if any(name.startswith("prompt_encoder.") for name in added) else []
+    return list(dict.fromkeys((*inside, *through)))
 
 
 def body_parameters(model: nn.Module) -> Iterator[str]:

@@ -27,7 +27,8 @@ class Checkpointing(Transform):
 
     Raises:
         TypeError: a field is not a bool.
-        UnsupportedModelError: the model does not support gradient checkpointing (when planned or applied).
+        UnsupportedModelError: the model does not support gradient checkpointing, or has a prefix that is trained (when
+            planned or applied).
 
     Example:
         >>> import tightfit
@@ -59,6 +60,12 @@ class Checkpointing(Transform):
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise UnsupportedModelError(
                 f"Checkpointing: {type(model).__name__} does not support gradient checkpointing in transformers"
+            )
+        prefixes = {"PREFIX_TUNING", "CARTRIDGE"}.intersection(hfmodel.prompt_learning(model))
+        if prefixes:
+            raise UnsupportedModelError(
+                f"Checkpointing: {prefixes.pop()} gives every block keys and values in a cache, and a block that runs "
+                f"again takes none, so the prefix would not train; leave Checkpointing out"
             )
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise StateError(
