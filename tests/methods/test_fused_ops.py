@@ -415,3 +415,25 @@ def test_adapters_of_another_type_keep_no_copies_of_their_inputs():
     for name, grad in gradients(applied.model, batch)[1].items():
         wanted = gradients(stock, batch)[1][name]
         assert (grad - wanted).norm() <= 0.02 * wanted.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("where", ["recipe", "before"])
+def test_adapters_on_the_head_leave_the_gradient_behind_it_whole(family, where):
+    import peft
+
+    first = "q_proj" if family == "llama" else "c_attn"
+    config = peft.LoraConfig(r=2, target_modules=[first, "lm_head"])
+    found = []
+    for fused in ([], [FusedOps()]):
+        torch.manual_seed(1)
+        model = models.build(family, dropout=0.0)
+        batch = models.batch(model)
+        if where == "before":
+            model = peft.get_peft_model(model, config)
+        tightfit.apply(model, [*([Lora(config=config)] if where == "recipe" else []), *fused])
+        found.append(gradients(model, batch)[1])
+    expected, gradient = found
+    assert any(first in name and value.abs().max() > 0 for name, value in expected.items())
+    for name, value in expected.items():
+        torch.testing.assert_close(gradient[name], value, rtol=1e-4, atol=1e-6)

@@ -10,6 +10,7 @@ from torch import nn
 
 from tightfit.core import hfmodel
 from tightfit.core.deferred import DeferredHead, HeadSource
+from tightfit.core.edit import Unchanged
 from tightfit.core.edits import Edit, Handle
 from tightfit.core.fields import check_bool, check_selector
 from tightfit.core.tight import is_tight, loosen, tighten
@@ -84,7 +85,8 @@ class LossEdit(Edit):
 
     def run(self, model: nn.Module) -> Handle:
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        return _LossHandle(hfmodel.unwrapped(head))
+        # an adapter makes logits of its own, which the head's rows alone do not tell
+        return Unchanged() if hfmodel.is_adapter(head) else _LossHandle(head)
 
 
 class _LossHandle(Handle):
