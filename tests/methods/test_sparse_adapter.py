@@ -493,6 +493,20 @@ def test_adapters_on_the_same_layers_do_not_scale_the_rows(dora):
     assert torch.isfinite(loss) and layer.bank.pending
 
 
+@pytest.mark.parametrize("method", [SparseAdapter(width=64, top_k=8), Reversible(variant="meft1")])
+def test_trainable_copies_of_the_models_own_adapters_train_on(method):
+    import peft
+
+    model = models.build("llama")
+    copied = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = peft.get_peft_model(model, copied)
+    own = {name for name, p in model.named_parameters() if p.requires_grad}
+    tightfit.apply(model, method)
+    assert any("lm_head.modules_to_save" in name for name in own)
+    backward(model, models.batch(model))
+    assert own <= {name for name, p in model.named_parameters() if p.grad is not None}
+
+
 def test_it_is_refused_where_blocks_are_run_by_a_tape():
     model = build("llama")
     with pytest.raises(ConflictError, match=r"both take over model\.layers\.0"):

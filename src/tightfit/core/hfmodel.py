@@ -187,13 +187,16 @@ def prompt_learning(model: nn.Module) -> list[str]:
 
 
 def adapter_parameters(model: nn.Module) -> list[str]:
-    """Names of what the user's own adapters or prompts have added and that trains; none of a stock model's."""
+    """Names of what the user's own adapters, trainable copies or prompts have added and that trains."""
     trains = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    prompts = [name for name, _ in trains if prompt_learning(model) and name.startswith("prompt_encoder.")]
+    apart = [f"{name}.modules_to_save." for name, m in model.named_modules() if "original_module" in m._modules]
+    if prompt_learning(model):
+        apart.append("prompt_encoder.")
+    added = [name for name, _ in trains if name.startswith(tuple(apart))]
     if not any(is_adapter(module) for module in model.modules()):
-        return prompts
+        return added
     stock = {id(parameter) for _, module in stock_modules(model) for parameter in module._parameters.values()}
-    return [name for name, p in trains if id(p) not in stock or name in prompts]
+    return [name for name, p in trains if id(p) not in stock or name in added]
 
 
 def adapted_layers(model: nn.Module) -> list[str]:
