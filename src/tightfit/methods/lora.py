@@ -171,6 +171,11 @@ def _checked_config(config: Any) -> dict[str, Any]:
             f"Lora(config=...): {kind} does not put adapters into layers, accepted are the kinds that do (LORA, IA3, "
             f"OFT, ...); use peft.get_peft_model for {kind}"
         )
+    if kind == "ADALORA":
+        raise ValueError(
+            f"Lora(config=...): {kind} adds to the loss, and shares out its ranks when the script calls "
+            f"update_and_allocate() of PEFT's own model, which a recipe does not have; use peft.get_peft_model for it"
+        )
     config.pop("peft_version", None)
     fields = {f.name: f for f in dataclasses.fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)])}
     unknown = sorted(set(config) - set(fields))
