@@ -114,6 +114,7 @@ CONFIGS = {
     "ia3": peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "loha": peft.LoHaConfig(r=2, target_modules=["q_proj"]),
     "oft": peft.OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"]),
+    "boft": peft.BOFTConfig(boft_block_size=8, target_modules=["q_proj"]),
     "norms": peft.LNTuningConfig(target_modules=["input_layernorm"]),
     "head": peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
     "biases": peft.LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only"),

@@ -253,12 +253,12 @@ class _AdapterHandle(Handle):
         head = {name: model.get_parameter(name).requires_grad for name in edit.head}
         self.weights = _copies(model) if _takes_from_base(edit.config) else []
         try:
-            # adapters on meta take no memory, and nothing from the random state
-            meta = torch.device("meta") if is_planning() else contextlib.nullcontext()
-            with meta, _repeatable(model) if self.weights else contextlib.nullcontext():
-                peft.inject_adapter_in_model(edit.config, model, adapter_name=ADAPTER, low_cpu_mem_usage=is_planning())
             if is_planning():
+                self._plan(model, edit.config)
                 _in_dtype_of_base(model)
+            else:
+                with _repeatable(model) if self.weights else contextlib.nullcontext():
+                    peft.inject_adapter_in_model(edit.config, model, adapter_name=ADAPTER)
             cast_adapter_dtype(model, ADAPTER)
         except BaseException:
             self.undo(model)
@@ -267,6 +267,18 @@ class _AdapterHandle(Handle):
         for name, parameter in model.named_parameters():
             if name in head:  # it has another name now where it got an adapter itself
                 parameter.requires_grad_(head[name])
+
+    def _plan(self, model: nn.Module, config: Any) -> None:
+        """Inject adapters on meta, where they take no memory, and nothing from the random state."""
+        import peft
+
+        with contextlib.suppress(RuntimeError), torch.device("meta"):
+            peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+            return
+        self._take_off(model)
+        # some look at values as they begin (BOFT): these are made on the host, and moved to where the base is
+        with torch.random.fork_rng(devices=[]):
+            peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
 
     def undo(self, model: nn.Module) -> None:
         self._take_off(model)
