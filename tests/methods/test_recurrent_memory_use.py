@@ -413,6 +413,29 @@ def test_rows_of_several_lengths_and_beams_are_read_again():
     assert beams.shape == (1, 18)
 
 
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_prompt_whose_padding_is_known_by_its_id_alone(rows, padding):
+    model = build(DECODERS["llama"], double=False).eval()
+    applied(model, tokens=3, segment=5)
+    model.generation_config.update(pad_token_id=padding, eos_token_id=None)
+    ids = batch((8, 8))["input_ids"][:rows]
+    ids[0, :3] = padding
+    # a config of its own leaves what it does not say to the model's
+    for given in ({"max_new_tokens": 6}, {"generation_config": hf.GenerationConfig(max_new_tokens=6)}):
+        found = model.generate(ids, do_sample=False, **given)
+        assert torch.equal(found[0, 8:], model.generate(ids[:1, 3:], do_sample=False, **given)[0, 5:])
+
+
+def test_what_the_models_own_config_asks_of_generate_counts_beside_another():
+    model = build(DECODERS["gpt2"], double=False).eval()
+    applied(model, tokens=3, segment=5)
+    model.generation_config.update(eos_token_id=None, guidance_scale=1.5)
+    ids, config = batch((7, 7))["input_ids"], hf.GenerationConfig(max_new_tokens=6, do_sample=False)
+    found = model.generate(ids, generation_config=config)
+    assert torch.equal(found, model.generate(ids, generation_config=config, use_cache=False))
+
+
 def test_save_and_load_keep_the_memory(tmp_path):
     model = build(DECODERS["gpt2"])
     out = applied(model, tokens=2, segment=5)

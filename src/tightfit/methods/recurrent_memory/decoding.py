@@ -100,14 +100,15 @@ class Generates:
             own.decoding = None
 
 
-def _setting(name: str, kwargs: dict[str, Any], config: Any, default: Any = None) -> Any:
-    found = kwargs.get(name)
-    return getattr(config, name, None) or default if found is None else found
+def _setting(name: str, default: Any, kwargs: dict[str, Any], *configs: Any) -> Any:
+    """What `generate` goes by: the first of these that says something."""
+    told = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in told if value is not None), default)
 
 
 def _checked(kwargs: dict[str, Any], config: Any, ids: Any) -> Tensor:
     for name in ("past_key_values", "assistant_model", "prompt_lookup_num_tokens", "cache_implementation"):
-        if _setting(name, kwargs, config) not in (None, "dynamic"):
+        if _setting(name, None, kwargs, config) not in (None, "dynamic"):
             raise ValueError(
                 f"RecurrentMemory: generate({name}=...) was given, but a cache holds one segment and its memory only; "
                 f"leave it out"
@@ -119,12 +120,18 @@ def _checked(kwargs: dict[str, Any], config: Any, ids: Any) -> Tensor:
 
 def _takes_cache(model: Any, kwargs: dict[str, Any], config: Any, ids: Tensor) -> bool:
     """Whether all rows reach the end of a segment at once, and stay in their places; else each step reads all again."""
-    config = config if config is not None else model.generation_config
-    if _setting("use_cache", kwargs, config, True) is False or _setting("num_beams", kwargs, config, 1) != 1:
+
+    def setting(name: str, default: Any = None) -> Any:
+        return _setting(name, default, kwargs, config, model.generation_config)
+
+    if setting("use_cache") is False or setting("num_beams", 1) != 1:
+        return False
+    if setting("guidance_scale", 1) != 1:  # it calls the model for another prompt in between
         return False
     mask = kwargs.get("attention_mask")
     if mask is None:
-        padding = _setting("pad_token_id", kwargs, config)
+        padding, ends = setting("pad_token_id"), setting("eos_token_id", ())
         # as generate itself makes out a mask
-        mask = ids.ne(padding) if padding is not None and ids.shape[0] > 1 else torch.ones_like(ids)
+        told = padding is not None and padding not in ([ends] if isinstance(ends, int) else ends)
+        mask = ids.ne(padding) if told else torch.ones_like(ids)
     return hfmodel.has_values(mask) and bool(mask.ne(0).all())
