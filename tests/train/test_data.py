@@ -491,6 +491,22 @@ def test_questions_are_windowed_and_answers_found(tmp_path):
         )
 
 
+def test_questions_are_held_out_by_context_whatever_the_file(tmp_path):
+    contexts = ["good film", "a bad film", "the quick fox", "lazy dog"]
+    asked = [(c, q) for c in contexts for q in ("which", "what", "who")]
+    rows = [{"question": q, "context": c, "answers": {"text": [c], "answer_start": [0]}} for c, q in asked]
+    items = [{"id": q + c, "question": q, "answers": [{"text": c, "answer_start": 0}], "context": c} for c, q in asked]
+    table = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    nested = {"data": [{"paragraphs": [{"context": i.pop("context"), "qas": [i]} for i in items]}]}
+    splits = []
+    for path in (table, write(tmp_path / "a.json", json.dumps(nested))):
+        data = load_data(recipe("question-answering", train=path, eval_fraction=0.25), wordpiece())
+        assert "the questions of 1 of 4 contexts" in data.notes[0] and len(data.eval_texts) == 3
+        assert not {c for _, c in data.train_texts} & {c for _, c in data.eval_texts}
+        splits.append(data.eval_texts)
+    assert splits[0] == splits[1]
+
+
 @pytest.mark.parametrize("answer", ["fo\u0307x\u0307", "\u200bfox "])
 def test_an_answer_may_end_in_characters_without_a_token(tmp_path, answer):
     path = squad(tmp_path / "a.json", answer, 10, f"the quick {answer}over the lazy dog")

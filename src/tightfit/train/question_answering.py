@@ -22,7 +22,7 @@ from tightfit.core.errors import DataError
 from tightfit.train.encode import build_dataset, check_fast, fingerprint
 from tightfit.train.recipe_file import is_local
 from tightfit.train.rows import Rows, opened
-from tightfit.train.sources import read_sources, split_off
+from tightfit.train.sources import read_sources
 
 if TYPE_CHECKING:
     from tightfit.train.data import TaskData
@@ -197,16 +197,18 @@ def _inside(question: Question, offsets: list) -> list[int]:
 
 
 def _questions(file: RecipeFile) -> tuple[list[Question], list[Question], list[str]]:
-    section = file.data
-    if not is_squad(section.train):
+    section, notes, held = file.data, [], None
+    if is_squad(section.train):
+        train = read_squad(section.train)[: section.rows]
+        if section.eval is not None:
+            held = read_squad(section.eval)[: section.eval_rows]
+    else:
         rows, other, notes = read_sources(section)
-        if other is None:
-            rows, other, note = split_off(rows, section.eval_fraction, section.eval_rows)
-            notes.append(note)
-        return _from_rows(rows), _from_rows(other), notes
-    train = read_squad(section.train)[: section.rows]
-    if section.eval is not None:
-        return train, read_squad(section.eval)[: section.eval_rows], []
+        train = _from_rows(rows)
+        if other is not None:
+            held = _from_rows(other)
+    if held is not None:
+        return train, held, notes
     contexts = list(dict.fromkeys(q.context for q in train))
     if len(contexts) < 2:
         raise DataError(f"{section.train}: one context cannot be split into train and eval; give data.eval")
@@ -215,7 +217,7 @@ def _questions(file: RecipeFile) -> tuple[list[Question], list[Question], list[s
     chosen = {contexts[i] for i in random.permutation(len(contexts))[:count]}
     held = [q for q in train if q.context in chosen][: section.eval_rows]
     note = f"no eval data: the questions of {count} of {len(contexts)} contexts are held out"
-    return [q for q in train if q.context not in chosen], held, [note]
+    return [q for q in train if q.context not in chosen], held, [*notes, note]
 
 
 def is_squad(name: str) -> bool:
