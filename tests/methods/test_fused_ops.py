@@ -107,7 +107,7 @@ class SiLU(torch.nn.Module):
         return x * torch.sigmoid(1.5 * x)
 
 
-@pytest.mark.parametrize("kind", [GELU, SiLU])
+@pytest.mark.parametrize("kind", [GELU, SiLU, lambda: torch.nn.SiLU(inplace=True)])
 def test_activations_that_only_have_the_name(kind):
     stock = models.build("bert").double()
     for layer in stock.bert.encoder.layer:
@@ -152,7 +152,7 @@ class Gated(torch.nn.Module):
         super().__init__()
         self.odd, self.drop = odd, 0.5
         self.gate_proj, self.up_proj, self.down_proj = (torch.nn.Linear(32, 32, bias=False) for _ in range(3))
-        self.act_fn = torch.nn.SiLU()
+        self.act_fn = torch.nn.SiLU(inplace=odd == "an activation in place")
         self.dropout = torch.nn.Dropout(0.5 if "module" in odd else 0.0)
         self.factor = torch.nn.Parameter(torch.ones(())) if odd == "a factor" else 1
 
@@ -185,6 +185,7 @@ def test_hooks_on_the_activation_of_a_gated_mlp(kind):
 
 
 ODD = ["a clamp", "float32 inside", "a factor", "a dropout function behind", "a dropout module behind"]
+ODD += ["an activation in place"]
 
 
 @pytest.mark.parametrize("odd", ODD)

@@ -25,7 +25,8 @@ def rms_offset(module: nn.Module, eps: float) -> float | None:
 def is_gated(module: nn.Module, names: tuple[str, str, str, str], dropout: str | None = None) -> bool:
     """Whether the module is, in training, `down(dropout(act(gate(x)) * up(x)))`, tried with small layers for its own.
 
-    Tried with values up to hundreds, which no clamp leaves alone, and in bfloat16, where a cast shows.
+    Tried with values up to hundreds, which no clamp leaves alone, and in bfloat16, where a cast shows. An activation
+    that writes into its input is another form: the input is what is kept.
 
     Args:
         names: of gate, up, down and act.
@@ -49,18 +50,24 @@ def is_gated(module: nn.Module, names: tuple[str, str, str, str], dropout: str |
         with torch.random.fork_rng(devices=[]):  # one that draws is refused; the numbers are the caller's
             found = _call(twin, rows)
         with torch.no_grad():
-            product = function(layers[0](rows)) * layers[1](rows)
+            opened = layers[0](rows)
+            kept = opened.clone()
+            product = function(opened) * layers[1](rows)
             expected = layers[2](product if dropout is None else product + 1)
-        return found is not None and found.dtype == expected.dtype and torch.equal(found, expected)
+        alike = found is not None and found.dtype == expected.dtype and torch.equal(found, expected)
+        return alike and torch.equal(opened, kept)
 
     return same(torch.float32) and same(torch.bfloat16)
 
 
 def is_pointwise(module: nn.Module) -> bool:
-    """Whether the module maps every element by itself and keeps the shape."""
+    """Whether the module maps every element by itself, keeps the shape, and leaves its input as it is."""
     x = torch.linspace(-3.0, 3.0, 12)
-    whole, apart = _call(module, x.view(3, 4)), _call(module, x)
-    return whole is not None and apart is not None and whole.shape == (3, 4) and torch.equal(whole.view(-1), apart)
+    given = x.clone()
+    whole, apart = _call(module, given.view(3, 4)), _call(module, x.clone())
+    if whole is None or apart is None or not torch.equal(given, x):
+        return False
+    return whole.shape == (3, 4) and torch.equal(whole.view(-1), apart)
 
 
 class _AddOne(nn.Module):
