@@ -83,6 +83,8 @@ def test_kept_bytes_are_those_predicted(inner):
     assert saved_bytes(lambda: linear(x, weight, codec=codec).sum()) == codec.nbytes(x.shape, x.dtype)
     k = kept_rows(128, 0.3)
     assert codec.nbytes(x.shape, x.dtype) == k * (2 * 136 if inner else 1024) + 8 * k
+    codec.budget = 1.0
+    assert sum(t.nbytes for t in codec.encode(x)) == codec.nbytes(x.shape, x.dtype) == x.nbytes
 
 
 def test_sampled_and_quantised_rows_give_nearly_the_gradient_of_sampled_ones():
@@ -115,6 +117,45 @@ def test_siblings_share_one_sample_and_the_same_seed_gives_the_same():
         for w in weights:
             w.grad = None
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize(
+    ("other", "shared"),
+    [
+        (Rows(0.3), True),
+        (Rows(0.3, scores=Running()), False),
+        (Rows(0.4), False),
+        (Rows(0.3, "wta"), False),
+        (Rows(0.3, min_rows=17), False),
+    ],
+)
+def test_only_layers_that_sample_alike_share_a_sample(other, shared):
+    assert Rows(0.3).shares_with(other) is shared
+
+
+def test_row_lengths_of_siblings_are_those_of_the_input_as_it_is():
+    x, codec = torch.randn(N, WIDTH), Rows(0.3)
+    known = codec.note(x)
+    assert codec.note(x.view(4, -1, WIDTH).view(N, WIDTH)) is known
+    x.mul_(2)
+    assert torch.equal(codec.note(x), 2 * known)
+
+
+def test_the_noise_is_the_spread_of_the_estimates():
+    found, squares = [], 0
+    for seed in range(200):
+        torch.manual_seed(seed)
+        codec = Rows(0.3, watch=True)
+        x, weight, _, pull = layer(codec)
+        found.append(codec.noise)
+        torch.testing.assert_close(codec.noise[1], weight.grad.float().square().sum())
+        squares += (weight.grad - pull.t() @ x.detach()).square().sum() / 200
+    # systematic draws are a little better than the independent ones that the formula is for
+    assert 0.8 * squares < torch.stack(found)[:, 0].mean() < 1.3 * squares
+    torch.manual_seed(1)
+    codec.noise = found[0]
+    layer(codec)
+    torch.testing.assert_close(codec.noise, 0.9 * found[0] + 0.1 * found[1])
 
 
 def test_a_nan_in_the_input_reaches_the_gradient():
@@ -152,6 +193,14 @@ def test_padding_is_told_to_the_layers_and_hardly_drawn():
         assert torch.equal(row_factor((2, 4, 8)), torch.ones(8))
 
 
+def test_a_mask_that_was_written_to_is_looked_at_again():
+    mask = torch.ones(1, 3, dtype=torch.long)
+    for last in (1.0, FLOOR):
+        with attention_masks(mask):
+            assert row_factor((1, 3, 8))[2] == pytest.approx(last)
+        mask[0, 2] = 0
+
+
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_masked_rows_are_left_out_in_every_model(family, monkeypatch):
     seen = []
@@ -172,14 +221,16 @@ def _first(k):
 
 
 def test_running_scores_learn_positions_at_any_length():
-    scores = Running(decay=0.5)
+    scores = Running(decay=0.75)
     like = torch.ones(6)
     assert torch.equal(scores.expected((2, 3, 8), like), like)
     scores.observe(torch.tensor([1.0, 2.0, 3.0, 3.0, 4.0, 5.0]), (2, 3, 8))
     assert scores.expected((2, 3, 8), like).tolist() == [2, 3, 4, 2, 3, 4]
     assert scores.expected((1, 5, 8), torch.ones(5)).tolist() == [2, 3, 4, 3, 3]  # unseen: the mean
     scores.observe(torch.tensor([4.0, 5.0]), (1, 2, 8))
-    assert scores.expected((1, 3, 8), torch.ones(3)).tolist() == [3, 4, 4]
+    assert scores.expected((1, 3, 8), torch.ones(3)).tolist() == [2.5, 3.5, 4]
+    scores.observe(torch.tensor([torch.inf, torch.nan, -torch.inf]), (1, 3, 8))
+    assert scores.expected((1, 3, 8), torch.ones(3)).tolist() == [2.5, 3.5, 4]  # an overflow tells nothing
     scores.observe(torch.zeros(3), (1, 3, 8))
     assert scores.expected((1, 3, 8), torch.ones(3)).min() > 0
     again = Running()
@@ -215,6 +266,9 @@ def test_cached_scores_know_examples():
         with pytest.raises(RuntimeError, match=r"2 positions.*3.*running"):
             scores.expected((2, 3, 8), torch.ones(6))
         kept = {name: tensor.clone() for name, tensor in scores.tensors().items()}
+        scores.observe(torch.tensor([0.0, 1.0, 1.0, 1.0]), (2, 2, 8), torch.tensor([1, 0]))
+        assert scores.expected((2, 2, 8), like).min() > 0
+        scores.load(kept)
         again = Cached(5)
         again.load(kept)
         again.observe(torch.ones(4), (2, 2, 8), index)
@@ -450,6 +504,29 @@ def test_an_automatic_budget_follows_the_noise(caplog):
         codec.budget = 0.3
     part.load_tensors(state)
     assert part.report()["budget"] == (low, high)
+
+
+@pytest.mark.parametrize(
+    ("budget", "noise", "after"),
+    [
+        (0.4, 0.6, 0.5),
+        (0.4, 0.4, 0.4),
+        (0.4, 0.2, 0.32),
+        (0.9, 0.6, 1.0),
+        (0.3, 0.2, 0.3),
+        (0.32, 0.2, 0.3),
+        (0.4, None, 0.4),
+    ],
+)
+def test_an_automatic_budget_rises_above_the_noise_and_falls_below_half_of_it(budget, noise, after):
+    part = Sampling(WtaCrs(budget="auto", noise=0.5))
+    codec = part.add("layer", None)["codec"]
+    codec.budget, codec.noise = budget, None if noise is None else torch.tensor([noise**2 * 9, 9.0])
+    for _ in range(AUTO_EVERY - 1):
+        part.after_step()
+        assert codec.budget == budget
+    part.after_step()
+    assert codec.budget == pytest.approx(after)
 
 
 def test_an_automatic_budget_counts_each_step_once_and_on_from_a_checkpoint():

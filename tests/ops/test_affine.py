@@ -133,6 +133,18 @@ def test_tiny_and_subnormal_numbers(bits, rounding):
         assert_within(gaussian(2, 256) * scale, Affine(bits, rounding=rounding))
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("offset", [0.0, 100.04, -100.02, 3e4])
+def test_the_range_that_is_kept_holds_every_element(bits, offset):
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) + offset
+    (packed,) = Affine(bits=bits, rounding="stochastic").encode(x)
+    kind = {8: torch.float32, 4: torch.float16}[bits]
+    step, low = packed[:, -2 * kind.itemsize :].contiguous().view(kind).double().unbind(1)
+    rounded = 0.0 if bits == 4 else 1e-6 * (1 + abs(offset))  # of float32's own arithmetic
+    assert (low <= x.amin(1) + rounded).all()
+    assert (low + (2**bits - 1) * step >= x.amax(1) - rounded).all()
+
+
 @each_bits
 @each_rounding
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -237,16 +237,48 @@ def test_a_bias_on_the_scores_learns(monkeypatch, mask, rows, parts):
     compare(lambda q, k, v, b: dropout_attention(q, k, v, chosen, 0.25, causal=causal, bias=b), stock, inputs)
 
 
-def test_a_row_that_may_look_at_nothing_looks_at_everything_under_a_bias():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_that_may_look_at_nothing_looks_at_everything_under_a_bias(dtype):
     chosen = masks()["boolean"].clone()
     chosen[0] = False
-    inputs = tensors(*[(B, HEADS, L, WIDTH)] * 3, (1, HEADS, L, L))
+    inputs = tensors(*[(B, HEADS, L, WIDTH)] * 3, (1, HEADS, L, L), dtype=dtype)
 
     def stock(q, k, v, bias):
-        bias = torch.where(chosen, bias, torch.finfo(torch.float64).min)
+        bias = torch.where(chosen, bias, torch.finfo(dtype).min)
         return F.scaled_dot_product_attention(q, k, v, bias, 0.25).transpose(1, 2)
 
-    compare(lambda q, k, v, b: dropout_attention(q, k, v, chosen, 0.25, bias=b), stock, inputs)
+    rtol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype]
+    compare(lambda q, k, v, b: dropout_attention(q, k, v, chosen, 0.25, bias=b), stock, inputs, rtol=rtol)
+
+
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_a_row_that_may_look_at_nothing_gives_zeros_without_a_bias(kind):
+    chosen = masks()["boolean"].clone()
+    chosen[0] = False
+    if kind == "additive":
+        chosen = torch.zeros(chosen.shape, dtype=torch.float64).masked_fill_(~chosen, -torch.inf)
+
+    def stock(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, chosen, 0.25).transpose(1, 2)
+
+    compare(lambda q, k, v: dropout_attention(q, k, v, chosen, 0.25), stock, tensors(*[(B, HEADS, L, WIDTH)] * 3))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.7])
+def test_the_noise_of_dropout_is_the_same_bits_in_backward(p):
+    x = torch.ones(64, requires_grad=True)
+    y = dropout(x, p)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+
+
+@pytest.mark.parametrize("function", [nn.SiLU(), nn.GELU()])
+def test_what_is_kept_is_not_written_to(function):
+    gate, up = tensors((N, H), (N, H), dtype=torch.float32)
+    before = gate.detach().clone(), up.detach().clone()
+    activation(gate, function, slope_of(function)).sum().backward()
+    gated_activation(gate, up, function, slope_of(function)).sum().backward()
+    assert torch.equal(gate, before[0]) and torch.equal(up, before[1])
 
 
 @pytest.mark.parametrize("kind", ["joint", "no linear"])
