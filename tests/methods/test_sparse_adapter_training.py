@@ -8,6 +8,7 @@ import models
 import numpy as np
 import pytest
 import torch
+import transformers
 from sparse_adapter_cases import applied, build, dense
 from torch import distributed as dist
 
@@ -341,6 +342,14 @@ def test_two_processes_train_as_one_on_both_batches(tmp_path):
         assert same(first, second)
         for a, b in zip(first, expected):
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_an_optimizer_without_a_learning_rate_is_refused():
+    model, found, _ = applied("llama")
+    optimizer = found.optimizer(transformers.Adafactor, lr=None)  # it finds one itself
+    model(**models.batch(model)).loss.backward()
+    with pytest.raises(StateError, match=r"Adafactor has no learning rate.*relative_step=False"):
+        optimizer.step()
 
 
 def test_sharded_parameters_are_refused_where_their_links_are_lost():

@@ -260,6 +260,11 @@ def _prepare(optimizer: torch.optim.Optimizer, left: str) -> None:
                 f"SparseAdapter: the gradients of the rows of {layer.name} are not finite (norm {layer.bank.norm}); "
                 f"{left}. Lower the learning rate, or clip gradients"
             )
+        if group.get("lr") is None:
+            raise StateError(
+                f"optimizer.step(): {type(optimizer).__name__} has no learning rate (lr=None), and the rows of "
+                f"{layer.name} step with the optimizer's; give it one (for Adafactor: relative_step=False)"
+            )
         factor = norm / layer.bank.norm if layer.bank.norm else 1.0
         jobs.append((layer, float(group["lr"]), factor * inverse))
     _jobs[id(optimizer)] = jobs
