@@ -51,6 +51,25 @@ def test_outputs_are_bit_equal(family, dtype):
         assert all(g.isfinite().all() for g in found.values())
 
 
+@pytest.mark.parametrize("asked", [None, True])
+def test_a_step_keeps_no_generation_cache_unless_asked(asked):
+    coded = twin(build("llama"), Mesa(attention=True))
+    options = {} if asked is None else {"use_cache": asked}
+    assert (coded(**batch_of(coded), **options).past_key_values is None) == (asked is None)
+    assert coded.eval()(**batch_of(coded)).past_key_values is not None
+
+
+@pytest.mark.parametrize("other", [{"bits": 4}, {"group_size": 8}, {"rounding": "stochastic"}])
+def test_another_models_codes_are_its_own(other):
+    stock = build("bert", table=WITHOUT_DROPOUT)
+    batch = batch_of(stock)
+    coded = twin(stock, Mesa(attention=True))
+    before = gradients(coded, batch)[1]
+    twin(stock, Mesa(attention=True, **other))
+    after = gradients(coded, batch)[1]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_stochastic_outputs_are_bit_equal_without_dropout():
     stock = build("bert", table=WITHOUT_DROPOUT)
     batch = batch_of(stock)
