@@ -264,6 +264,16 @@ def test_a_row_that_may_look_at_nothing_gives_zeros_without_a_bias(kind):
     compare(lambda q, k, v: dropout_attention(q, k, v, chosen, 0.25), stock, tensors(*[(B, HEADS, L, WIDTH)] * 3))
 
 
+def test_layers_do_not_share_a_code_of_an_input_that_was_written_to():
+    codec, weights = Affine(), [torch.zeros(3, 64, requires_grad=True) for _ in range(3)]
+    x = torch.randn(N, 64)
+    out = linear(x, weights[0], codec=codec).sum() + linear(x, weights[1], codec=codec).sum()
+    x.mul_(2)
+    (out + linear(x, weights[2], codec=codec).sum()).backward()
+    assert torch.equal(weights[0].grad, weights[1].grad)
+    torch.testing.assert_close(weights[2].grad, 2 * weights[0].grad, rtol=0.02, atol=0.05)
+
+
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.7])
 def test_the_noise_of_dropout_is_the_same_bits_in_backward(p):
     x = torch.ones(64, requires_grad=True)
