@@ -402,6 +402,28 @@ def test_longest_batch_takes_the_longest_rows(sentiment):
     assert longest_batch(data, 10)["input_ids"].shape[0] == 3
 
 
+def test_longest_batch_has_padding_where_a_batch_can(sentiment):
+    cut = tsv(Path(sentiment["eval"]).parent / "cut.tsv", "good\t1", *(["a very fine plot\t0"] * 3))
+    data = load_data(recipe(settings={"max_length": 5}, **sentiment | {"train": cut}), wordpiece())
+    batch = longest_batch(data, 2)
+    assert batch["attention_mask"].sum(1).tolist() == [5, 3] and batch["labels"].tolist() == [0, 1]
+    assert longest_batch(data, 1)["input_ids"].shape == (1, 5)
+
+
+def test_longest_batch_is_as_wide_as_the_longest_source_and_target(tmp_path):
+    middle = ["good film good film\tgood film good film"] * 4
+    path = tsv(tmp_path / "a.tsv", *middle, "a very very fine plot\tbad", "fox\ta very very fine plot", head="in\tout")
+    data = load_data(
+        recipe("seq2seq-lm", train=path, eval=path, text="in", target="out"),
+        bytes_bpe(eos_token="<end>", pad_token="<pad>"),
+    )
+    for name in ("input_ids", "labels"):
+        longest = max(map(len, data.train[name][:]))
+        assert longest > len(data.train[name][0])
+        for size in (2, 3):
+            assert longest_batch(data, size)[name].shape == (size, longest)
+
+
 # Images and questions
 
 

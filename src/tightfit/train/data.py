@@ -91,21 +91,28 @@ def _check_targets(data: TaskData, max_length: int) -> None:
 
 
 def longest_batch(data: TaskData, batch_size: int, collator: Callable | None = None) -> dict:
-    """Collate the `batch_size` longest training rows: the batch at which a run's memory peaks.
+    """Collate a batch of training rows at which a run's memory peaks: no shuffle makes a wider one.
 
-    Rows of equal length keep their order; fewer rows than `batch_size` give a smaller batch.
+    These are the longest rows, among them the longest source and the longest target where both vary. Rows of one
+    length need no padding, for which models build a mask, so the last of them makes room for the shortest row there
+    is. Rows of equal length keep their order; fewer rows than `batch_size` give a smaller batch.
     """
     import numpy as np
     import pyarrow.compute as compute
 
-    sizes = np.zeros(len(data.train), dtype=np.int64)
+    lengths: dict[str, np.ndarray] = {}
     for name in ("input_ids", "labels"):
         if name in data.train.column_names:
             column = data.train.data.column(name)
             if str(column.type).startswith(("list", "large_list")):
-                sizes += compute.list_value_length(column).to_numpy()
-    rows = np.argsort(-sizes, kind="stable")[:batch_size]
-    return dict((collator or data.collator)([data.train[int(row)] for row in rows]))
+                lengths[name] = compute.list_value_length(column).to_numpy().astype(np.int64)
+    order = np.argsort(-sum(lengths.values(), np.zeros(len(data.train), dtype=np.int64)), kind="stable")
+    widest = {int(length.argmax()) for length in lengths.values()} if batch_size > 1 else set()
+    rows = list(dict.fromkeys([*sorted(widest), *map(int, order)]))[:batch_size]
+    sources = lengths.get("input_ids")
+    if sources is not None and len(rows) > max(1, len(widest)) and len({*sources[rows], sources.min()}) == 2:
+        rows[-1] = int(sources.argmin())
+    return dict((collator or data.collator)([data.train[row] for row in rows]))
 
 
 def load_sequences(file: RecipeFile, tokenizer: Any) -> TaskData:
