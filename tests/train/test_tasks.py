@@ -20,6 +20,7 @@ from tightfit.train.data import load_data
 from tightfit.train.images import build_processor
 from tightfit.train.question_answering import Question, best_answers, score
 from tightfit.train.recipe_file import RecipeFile
+from tightfit.train.run import build_skeleton
 from tightfit.train.tasks import (
     build_model,
     build_tokenizer,
@@ -213,6 +214,7 @@ def test_a_decoder_without_pad_token_classifies(tmp_path, labelled):
     data = load_data(file, tokenizer)
     model = build_model(file, data)
     assert tokenizer.pad_token == "<end>" and model.config.pad_token_id == tokenizer.pad_token_id
+    assert build_skeleton(file, data).config.pad_token_id == tokenizer.pad_token_id  # else it takes but one row
     assert torch.isfinite(model(**data.collator([data.train[i] for i in range(6)])).loss)
 
 

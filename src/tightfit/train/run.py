@@ -27,7 +27,7 @@ from tightfit.train.failures import is_no_space, is_out_of_memory, no_space, out
 from tightfit.train.metrics import is_score
 from tightfit.train.recipe_file import check_optimizer
 from tightfit.train.stopping import StopRequest, stopping_on_signals
-from tightfit.train.tasks import build_model, build_tokenizer, model_path, primary_metric
+from tightfit.train.tasks import build_model, build_tokenizer, model_path, primary_metric, set_pad_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,7 +105,9 @@ def build_skeleton(file: RecipeFile, data: TaskData) -> PreTrainedModel:
     overrides: dict[str, Any] = {}
     if data.num_labels is not None and file.task != "question-answering":
         overrides = {"num_labels": data.num_labels, "problem_type": data.problem_type}
-    return skeleton(model_path(file.model), task=file.task, dtype=torch.float32, **overrides)  # type: ignore
+    model = skeleton(model_path(file.model), task=file.task, dtype=torch.float32, **overrides)
+    set_pad_token(model, data)
+    return model  # type: ignore[return-value]
 
 
 def plan_run(

@@ -121,12 +121,17 @@ def build_model(file: RecipeFile, data: TaskData) -> PreTrainedModel:
         load = functools.partial(auto.from_pretrained, path, output_loading_info=True, **options)
         model, loading = _loaded(file, "model", load)
     _check_weights(file, model, loading)
-    if hasattr(data.collator, "tokenizer"):  # classifiers find the last token of a row by it
-        model.config.get_text_config().pad_token_id = data.collator.tokenizer.pad_token_id
+    set_pad_token(model, data)
     _check_positions(file, model)
     if file.task == "causal-lm":
         _check_causal(file, model)
     return model
+
+
+def set_pad_token(model: Any, data: TaskData) -> None:
+    """Give the model's config the padding id of the data; classifiers find the last token of a row by it."""
+    if hasattr(data.collator, "tokenizer"):
+        model.config.get_text_config().pad_token_id = data.collator.tokenizer.pad_token_id
 
 
 def metrics_for(data: TaskData) -> Callable[[Any], dict[str, float]]:
