@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from runs import project
+from tiny_models import t5
 from typer.testing import CliRunner
 
 from tightfit.cli import app
@@ -115,6 +116,22 @@ def test_how_far_it_reaches(recipe, peak):
     assert found["longest_sequence"]["rows"] == 8 and found["longest_sequence"]["length"] <= 64
     shown = run("plan", recipe, "--budget", f"{2 * peak} B", "--largest-batch").stdout
     assert f"{found['largest_batch']['rows']} rows" in shown
+
+
+def test_reach_goes_by_sources_and_targets(tmp_path):
+    lines = ["in\tout", *["good\tthe film was very very good and the plot was fine"] * 8]
+    (tmp_path / "a.tsv").write_text("\n".join(lines) + "\n")
+    content = {
+        "model": t5(tmp_path / "t5"),
+        "task": "seq2seq-lm",
+        "data": {"train": str(tmp_path / "a.tsv"), "text": ["in"], "target": "out"},
+        "output": str(tmp_path / "run"),
+    }
+    (tmp_path / "a.yaml").write_text(json.dumps(content))
+    whole = json.loads(run("plan", tmp_path / "a.yaml", "train.batch_size=4", "--json").stdout)["peak_bytes"]
+    budget = f"{round(1.01 * whole)} B"
+    result = run("plan", tmp_path / "a.yaml", "--budget", budget, "--largest-batch", "--json")
+    assert json.loads(result.stdout)["largest_batch"]["rows"] == 4, result.stderr
 
 
 def test_a_vocabulary_reaches_further(recipe, peak):

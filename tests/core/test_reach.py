@@ -2,9 +2,10 @@
 
 import models
 import pytest
-from transformers import BertConfig, LlamaConfig
+from transformers import BertConfig, LlamaConfig, T5Config
 
 import tightfit
+from tightfit.core.errors import SimulationError
 from tightfit.core.fitting import need
 from tightfit.core.simulate import example_batch
 
@@ -60,6 +61,16 @@ def test_full_rows_may_be_longer_for_they_need_no_mask(llama):
     assert tightfit.largest_batch(llama, recipe, length=64, budget=budget, padded=False) > 8
     with pytest.raises(tightfit.DataError, match="0"):
         tightfit.longest_sequence(llama, batch_size=0, budget=budget, padded=False)
+
+
+def test_targets_have_a_length_of_their_own(bert):
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    t5 = tightfit.skeleton(T5Config(**sizes, vocab_size=1000, decoder_start_token_id=0), task="seq2seq-lm")
+    size = tightfit.largest_batch(t5, length=2, target_length=48, budget=2 << 20)
+    fits, over = (peak(t5, None, example_batch(t5, n, 2, target_length=48)) for n in (size, size + 1))
+    assert fits <= 2 << 20 < over
+    with pytest.raises(SimulationError, match=r"target_length: got 4, .*takes no targets"):
+        tightfit.longest_sequence(bert, batch_size=1, target_length=4, budget=2 << 20)
 
 
 def test_positions_bound_the_length(bert, llama):

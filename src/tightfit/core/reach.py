@@ -27,6 +27,7 @@ def largest_batch(
     *,
     length: int,
     budget: str | int,
+    target_length: int | None = None,
     optimizer: str | Callable = "adamw",
     padded: bool = True,
     elsewhere: bool = False,
@@ -38,6 +39,7 @@ def largest_batch(
     Args:
         model, recipe, optimizer, **options: as for `plan`.
         length: tokens per row.
+        target_length: tokens per target of an encoder-decoder; default: as many.
         padded: rows are padded to that length, as those of ordinary data. False: all are full (packed data), for which
             most models build no mask, so that more rows fit.
         budget, elsewhere: as for `recommend`.
@@ -59,7 +61,7 @@ def largest_batch(
     draft = _draft(model, recipe)
 
     def step(size: int) -> Plan:
-        return draft.plan(_batch(draft, (size, length), padded), optimizer, options)
+        return draft.plan(_batch(draft, (size, length), padded, target_length), optimizer, options)
 
     return _largest(step, most, MOST, f"one row of {length} tokens under {draft.recipe}", progress)
 
@@ -70,6 +72,7 @@ def longest_sequence(
     *,
     batch_size: int,
     budget: str | int,
+    target_length: int | None = None,
     optimizer: str | Callable = "adamw",
     padded: bool = True,
     elsewhere: bool = False,
@@ -83,6 +86,7 @@ def longest_sequence(
     Args:
         model, recipe, optimizer, **options: as for `plan`.
         batch_size: rows.
+        target_length: as for `largest_batch`.
         padded: as for `largest_batch`. False also for single rows that are not padded.
         budget, elsewhere: as for `recommend`.
         progress: called with the number of steps simulated.
@@ -110,7 +114,7 @@ def longest_sequence(
     top = min(n for n in (positions(model), made_for, MOST) if isinstance(n, int) and n > 0)
 
     def step(length: int) -> Plan:
-        return draft.plan(_batch(draft, (batch_size, length), padded), optimizer, options)
+        return draft.plan(_batch(draft, (batch_size, length), padded, target_length), optimizer, options)
 
     rows = f"{batch_size} row{'s' if batch_size > 1 else ''}"
     return _largest(step, most, top, f"{rows} of one token under {draft.recipe}", progress)
@@ -123,11 +127,13 @@ def _draft(model: nn.Module, recipe: Any) -> Draft:
     return draft
 
 
-def _batch(draft: Draft, size: tuple[int, int], padded: bool) -> Batch:
-    if padded:
+def _batch(draft: Draft, size: tuple[int, int], padded: bool, target_length: int | None) -> Batch:
+    if padded and target_length is None:
         return size
     check_batch(draft.model, size, long_rows=draft.recipe.long_rows)
-    return example_batch(draft.model, *size, padded=False, long_rows=draft.recipe.long_rows)
+    return example_batch(
+        draft.model, *size, padded=padded, long_rows=draft.recipe.long_rows, target_length=target_length
+    )
 
 
 def _largest(

@@ -144,18 +144,21 @@ class Advisor:
         return self.file.model_copy(update={"methods": Recipe(tuple(methods)).to_list(), "train": train})
 
     def largest_batch(self, budget: str | int, **options: Any) -> tuple[int, int]:
-        """(rows, tokens): the most rows as long as the longest row of the data that fit."""
-        length = length_of(longest_batch(self.prepared.data, 1)) or 1
-        turns = min(2, self.file.train.gradient_accumulation)
-        options |= {**self.options, "accumulate": turns}
-        return largest_batch(self.model, self.recipe, length=length, budget=budget, **options), length
+        """(rows, tokens): the most rows as long as the longest row of the data that fit, with targets likewise."""
+        length = length_of(longest_batch(self.prepared.data, 2)) or 1
+        return largest_batch(self.model, self.recipe, length=length, budget=budget, **options, **self._reach()), length
 
     def longest_sequence(self, budget: str | int, **options: Any) -> tuple[int, int]:
-        """(rows, tokens): the longest rows that fit at the file's batch size."""
+        """(rows, tokens): the longest rows that fit at the file's batch size, with targets as long as the data's."""
         rows = self.file.train.batch_size
-        turns = min(2, self.file.train.gradient_accumulation)
-        options |= {**self.options, "accumulate": turns}
-        return rows, longest_sequence(self.model, self.recipe, batch_size=rows, budget=budget, **options)
+        found = longest_sequence(self.model, self.recipe, batch_size=rows, budget=budget, **options, **self._reach())
+        return rows, found
+
+    def _reach(self) -> dict[str, Any]:
+        options = {**self.options, "accumulate": min(2, self.file.train.gradient_accumulation)}
+        if self.file.task == "seq2seq-lm":
+            options["target_length"] = longest_batch(self.prepared.data, 2)["labels"].shape[-1]
+        return options
 
 
 def new_recipe_file(model: str, data: str, task: str | None = None, overrides: Sequence[str] = ()) -> RecipeFile:

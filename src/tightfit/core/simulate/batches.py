@@ -35,22 +35,28 @@ def task_of(model: nn.Module) -> str | None:
 
 
 def example_batch(
-    model: nn.Module, batch_size: int, length: int, *, padded: bool = True, long_rows: bool = False
+    model: nn.Module,
+    batch_size: int,
+    length: int,
+    *,
+    padded: bool = True,
+    long_rows: bool = False,
+    target_length: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """A batch with labels that fits the model's task; on the CPU, a few kilobytes but for images.
 
     Args:
         model: a transformers model (adapted by PEFT or by a recipe or not) with a task head.
         batch_size: rows.
-        length: tokens per row; for images it is ignored, the size is the config's. An encoder-decoder gets as many
-            target tokens.
+        length: tokens per row; for images it is ignored, the size is the config's.
         padded: the last row is a quarter shorter, so the model builds its padding mask as for real text. False
             gives full rows with an all-ones mask.
         long_rows: they may be longer than the model has positions.
+        target_length: tokens per target of an encoder-decoder that has them; default: as many.
 
     Raises:
-        SimulationError: sizes below 1, a length above the model's positions, or a model whose input does not follow
-            from sizes.
+        SimulationError: sizes below 1, a target length for a model without targets, a length above the model's
+            positions, or a model whose input does not follow from sizes.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -62,6 +68,9 @@ def example_batch(
         raise SimulationError(f"batch: got ({batch_size}, {length}), both must be at least 1")
     inner = hfmodel.without_peft(model)
     task = task_of(model)
+    if target_length is not None and (task != "seq2seq" or target_length < 1):
+        takes = "a length of at least 1" if task == "seq2seq" else f"None: {type(inner).__name__} takes no targets"
+        raise SimulationError(f"target_length: got {target_length}, accepted is {takes}")
     if _size(inner, task) is None:
         raise SimulationError(
             f"batch: no example batch is known for {type(inner).__name__}; give a dict of tensors with labels"
@@ -98,6 +107,8 @@ def example_batch(
     elif task == "choice":
         out = {key: value[:, None].expand(-1, 2, -1).contiguous() for key, value in out.items()}
         out["labels"] = torch.zeros(batch_size, dtype=torch.long)
+    elif target_length is not None:
+        out["labels"] = _tokens(config, (batch_size, target_length))
     else:
         out["labels"] = ids.masked_fill(mask == 0, -100)
     return out
