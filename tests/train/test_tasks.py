@@ -11,10 +11,19 @@ import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import bert, gpt2, t5, vit
-from transformers import BertConfig, GPT2Config
+from tiny_models import bert, bytes_bpe, gpt2, save, t5, vit
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BitsAndBytesConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
+import tightfit
 from tightfit.core.errors import RecipeError
+from tightfit.core.quantised import packed_for_inference
 from tightfit.train import metrics
 from tightfit.train.data import load_data
 from tightfit.train.images import build_processor
@@ -216,6 +225,27 @@ def test_a_decoder_without_pad_token_classifies(tmp_path, labelled):
     assert tokenizer.pad_token == "<end>" and model.config.pad_token_id == tokenizer.pad_token_id
     assert build_skeleton(file, data).config.pad_token_id == tokenizer.pad_token_id  # else it takes but one row
     assert torch.isfinite(model(**data.collator([data.train[i] for i in range(6)])).loss)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A recipe file for a language model whose checkpoint is packed into 4 bits."""
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path_factory.mktemp("packed")
+    tokenizer = bytes_bpe(eos_token="<end>", pad_token="<pad>")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 512}
+    save(folder / "plain", LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer))), tokenizer)
+    in_4_bits = BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModelForCausalLM.from_pretrained(folder / "plain", quantization_config=in_4_bits, device_map="cpu")
+    text = jsonl(folder / "rows.jsonl", *[{"text": "the quick brown fox"}] * 8)
+    file = recipe(save(folder / "packed", model, tokenizer), "causal-lm", {"max_length": 16}, text="text", **text)
+    return file.model_copy(update={"methods": [{"Lora": {}}]})
+
+
+def test_a_packed_language_model_can_be_trained(packed):
+    model = build_model(packed, load_data(packed, build_tokenizer(packed)))
+    assert not packed_for_inference(model)
+    tightfit.apply(model, packed.recipe)
 
 
 def test_padding_is_the_tokenizers_whatever_the_config_says(tmp_path, labelled):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tightfit.core.errors import RecipeError, shorten
+from tightfit.core.quantised import TrainableInEvaluation
 from tightfit.train import metrics
 from tightfit.train.recipe_file import is_local
 
@@ -238,7 +239,9 @@ def _check_positions(file: RecipeFile, model: PreTrainedModel) -> None:
 def _check_causal(file: RecipeFile, model: PreTrainedModel) -> None:
     """Encoders have heads for this task too, and without a causal mask they learn to copy what they are to predict."""
     ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]])
+    kept = TrainableInEvaluation(model)
     one, other = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
+    kept.undo(model)
     if not torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(one.abs().max())):
         raise RecipeError(
             f"model: in {type(model).__name__} of {file.model} a token sees those behind it, accepted for causal-lm "
