@@ -25,11 +25,12 @@ import tightfit
 from tightfit.core.errors import RecipeError
 from tightfit.core.quantised import packed_for_inference
 from tightfit.train import metrics
+from tightfit.train.advice import task_of
 from tightfit.train.data import load_data
 from tightfit.train.images import build_processor
 from tightfit.train.question_answering import Question, best_answers, score
 from tightfit.train.recipe_file import RecipeFile
-from tightfit.train.run import build_skeleton
+from tightfit.train.run import build_skeleton, plan_run, prepare
 from tightfit.train.tasks import (
     build_model,
     build_tokenizer,
@@ -246,6 +247,18 @@ def test_a_packed_language_model_can_be_trained(packed):
     model = build_model(packed, load_data(packed, build_tokenizer(packed)))
     assert not packed_for_inference(model)
     tightfit.apply(model, packed.recipe)
+
+
+def test_a_packed_language_model_is_planned_packed(packed):
+    prepared = prepare(packed)
+    model = build_model(packed, prepared.data)
+    built = build_skeleton(packed, prepared.data)
+    assert plan_run(packed, prepared, packed.recipe, built) == plan_run(packed, prepared, packed.recipe, model)
+    with pytest.raises(tightfit.UnsupportedModelError, match=r"packed .*load the model and plan that"):
+        tightfit.skeleton(packed.model)
+    whole = tightfit.skeleton(packed.model, quantization_config=None)
+    assert sum(p.nbytes for p in whole.parameters()) > sum(p.nbytes for p in model.parameters())
+    assert task_of(packed.model, "rows.jsonl") == "causal-lm"
 
 
 def test_padding_is_the_tokenizers_whatever_the_config_says(tmp_path, labelled):

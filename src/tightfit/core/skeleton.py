@@ -38,7 +38,8 @@ def skeleton(
 
     Raises:
         ValueError: an unknown task or config field.
-        UnsupportedModelError: no config can be read from what was given, or its family has no model for the task.
+        UnsupportedModelError: no config can be read from what was given, its weights are packed by another library, or
+            its family has no model for the task.
 
     Example:
         >>> import tightfit
@@ -53,13 +54,19 @@ def skeleton(
         raise ValueError(
             f"skeleton(task=...): got {task!r}, accepted is one of {', '.join(TASKS)}{near(task, list(TASKS))}"
         )
-    config = _config(config_or_name)
+    config = read_config(config_or_name)
     for key, value in overrides.items():
         if not hasattr(config, key):
             raise ValueError(
                 f"skeleton({key}=...): {type(config).__name__} has no such field{near(key, sorted(config.to_dict()))}"
             )
         setattr(config, key, value)
+    if is_packed(config):
+        raise UnsupportedModelError(
+            f"skeleton(): the weights of this {type(config).__name__} are packed (quantization_config), and how much "
+            f"they take cannot be told without them; load the model and plan that, or give quantization_config=None to "
+            f"plan it unpacked"
+        )
     architectures = getattr(config, "architectures", None) or []
     if task is not None:
         factory = getattr(transformers, TASKS[task]).from_config
@@ -80,7 +87,18 @@ def skeleton(
     return model.train()
 
 
-def _config(config_or_name: Any):
+def is_packed(config: Any) -> bool:
+    """Whether a config is that of a checkpoint whose weights another library has packed.
+
+    >>> from transformers import BertConfig
+    >>> is_packed(BertConfig())
+    False
+    """
+    return bool(getattr(config, "quantization_config", None))
+
+
+def read_config(config_or_name: Any) -> Any:
+    """A copy of a transformers config, or the config of a folder or hub id. Raises: UnsupportedModelError."""
     import transformers
 
     if isinstance(config_or_name, transformers.PretrainedConfig):

@@ -17,7 +17,7 @@ from tightfit.core.plan import Plan
 from tightfit.core.reach import largest_batch, longest_sequence
 from tightfit.core.recipe import Recipe, method_classes
 from tightfit.core.recommend import Choice, recommend
-from tightfit.core.skeleton import skeleton
+from tightfit.core.skeleton import is_packed, read_config, skeleton
 from tightfit.core.transform import Transform
 from tightfit.train.data import longest_batch
 from tightfit.train.marked_yaml import dump_yaml
@@ -205,7 +205,9 @@ def task_of(model: str, data: str) -> str:
     """
     if data == DEMO:
         return "sequence-classification"
-    found = type(skeleton(model_path(model))).__name__
+    config = read_config(model_path(model))
+    unpacked = {"quantization_config": None} if is_packed(config) else {}
+    found = type(skeleton(config, **unpacked)).__name__
     for ending, task in _TASKS.items():
         if found.endswith(ending):
             return task

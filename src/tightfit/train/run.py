@@ -20,7 +20,7 @@ from tightfit.core.hub import check_repository, push
 from tightfit.core.memory import end_left_profiles
 from tightfit.core.plan import Plan, plan
 from tightfit.core.recipe import Recipe
-from tightfit.core.skeleton import skeleton
+from tightfit.core.skeleton import is_packed, read_config, skeleton
 from tightfit.train import checkpoints, folder
 from tightfit.train.data import TaskData, load_data, longest_batch
 from tightfit.train.failures import is_no_space, is_out_of_memory, no_space, out_of_memory, unwritten
@@ -101,11 +101,14 @@ def filled(recipe: Recipe, prepared: Prepared, model: PreTrainedModel) -> Recipe
 
 
 def build_skeleton(file: RecipeFile, data: TaskData) -> PreTrainedModel:
-    """The model of `build_model` without its weights: enough to plan with."""
+    """The model of `build_model` without its weights: enough to plan with, unless they are packed ones."""
+    config = read_config(model_path(file.model))
+    if is_packed(config):
+        return build_model(file, data)
     overrides: dict[str, Any] = {}
     if data.num_labels is not None and file.task != "question-answering":
         overrides = {"num_labels": data.num_labels, "problem_type": data.problem_type}
-    model = skeleton(model_path(file.model), task=file.task, dtype=torch.float32, **overrides)
+    model = skeleton(config, task=file.task, dtype=torch.float32, **overrides)
     set_pad_token(model, data)
     return model  # type: ignore[return-value]
 
