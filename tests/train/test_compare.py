@@ -79,6 +79,10 @@ def test_what_cannot_be_compared_is_refused_before_training(folder, tmp_path):
         compare([one, recipe_file(folder, [], seed=1)], output=tmp_path)
     with pytest.raises(RecipeError, match="more than once"):
         compare([one, one], output=tmp_path)
+    with pytest.raises(RecipeError, match=r"a\.b and a-b would share the folder a-b"):
+        compare([one, recipe_file(folder, PART)], output=tmp_path, names=["a.b", "a-b"])
+    with pytest.raises(RecipeError, match="Stock is the name of the run without methods"):
+        compare([one], output=tmp_path, names=["Stock"])
     with pytest.raises(RecipeError, match="no recipe"):
         compare([], output=tmp_path)
     with pytest.raises(ConflictError, match="twice"):

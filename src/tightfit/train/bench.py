@@ -254,11 +254,17 @@ def _named(files: Sequence[RecipeFile], names: Sequence[str] | None, output: Pat
     for other in files[1:]:
         _same(files[0], other)
     names = list(names or [str(file.recipe) for file in files])
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise RecipeError(f"compare: {', '.join(twice)} was given more than once")
+    folders: dict[str, str] = {}
+    for name in names:
+        first = folders.setdefault(_slug(name), name)
+        if name == first and names.count(name) > 1:
+            raise RecipeError(f"compare: {name} was given more than once")
+        if name != first:
+            raise RecipeError(f"compare: {first} and {name} would share the folder {_slug(name)}; rename one of them")
     found = dict(zip(names, files, strict=True))
     if all(file.methods for file in files):
+        if STOCK in folders:
+            raise RecipeError(f"compare: {folders[STOCK]} is the name of the run without methods; rename the other one")
         found = {STOCK: files[0].model_copy(update={"methods": []}), **found}
     ordered = sorted(found, key=lambda name: bool(found[name].methods))
     return {name: found[name].model_copy(update={"output": output / "runs" / _slug(name)}) for name in ordered}
