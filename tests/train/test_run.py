@@ -1,6 +1,7 @@
 import json
 import re
 import xml.etree.ElementTree as tree
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +82,14 @@ def test_export_gives_the_scores_of_the_run(folder, stock):
     with torch.no_grad():
         said = model(**batch).logits.argmax(-1)
     assert float((said == batch["labels"]).float().mean()) == pytest.approx(stock.metric)
+
+
+def test_a_run_is_exported_from_any_directory(folder, tmp_path, the_weights, monkeypatch):
+    monkeypatch.chdir(folder)
+    train(recipe_file(folder, [], tmp_path / "run", max_steps=1).model_copy(update={"model": "model"}))
+    monkeypatch.chdir(tmp_path)
+    export_run(Path("run"), Path("out"))
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_load_puts_a_run_on_its_base(folder, stock):

@@ -67,6 +67,7 @@ class _Run(_Part):
     """What must be in `run.json`; a later version may write more into it."""
 
     tightfit: str
+    directory: str = ""
     versions: dict[str, str]
     device: str
     recipe: str
@@ -213,6 +214,7 @@ def _first_entry(data: TaskData, seen: str) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "directory": str(Path.cwd()),
         "recipe": seen,
         "data": {
             "fingerprint": data.fingerprint,
@@ -243,6 +245,16 @@ def read_run(folder: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise ArtifactError(f"{path}: cannot be read ({error}); the file is damaged") from None
     return document
+
+
+def read_recipe(folder: Path) -> RecipeFile:
+    """A run's recipe file; a model that is not here is looked for from the directory that the run began in."""
+    directory = read_run(folder).get("directory", "")
+    file = read_recipe_file(folder / RECIPE)
+    begun = Path(directory, file.model)
+    if not os.path.exists(Path(file.model).expanduser()) and os.path.isdir(begun):
+        file = file.model_copy(update={"model": str(begun)})
+    return file
 
 
 def write_result(folder: Path, result: Any) -> None:

@@ -326,10 +326,7 @@ def export_run(
     max_shard_size = parse_bytes(max_shard_size, "max_shard_size")
     if push_to_hub is not None:
         check_repository(push_to_hub)
-    from tightfit.train.recipe_file import read_recipe_file
-
-    folder.read_run(run)
-    file = read_recipe_file(run / folder.RECIPE)
+    file = folder.read_recipe(run)
     tokenizer = build_tokenizer(file)
     model = build_model(file, folder.stored_data(run, tokenizer))
     applied = load(model, run)
