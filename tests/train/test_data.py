@@ -129,6 +129,7 @@ def test_decimal_labels_mean_regression(tmp_path):
     path = tsv(tmp_path / "a.tsv", "good\t4.5", "bad\t0.0", "fine\t3.75")
     data = load_data(recipe(train=path, eval=path, text="text", label="label"), wordpiece())
     assert (data.problem_type, data.num_labels, data.label_names) == ("regression", 1, None)
+    assert any("data.regression: false" in note for note in data.notes)
     batch = data.collator([data.train[i] for i in range(3)])
     assert batch["labels"].dtype == torch.float32 and batch["labels"].tolist() == [4.5, 0.0, 3.75]
     as_classes = load_data(recipe(train=path, eval=path, text="text", label="label", regression=False), wordpiece())
