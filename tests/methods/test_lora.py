@@ -204,6 +204,19 @@ def test_tied_adapters_on_tied_weights_are_merged_once(places, tmp_path):
     assert torch.equal(logits(type(model).from_pretrained(tmp_path / "out"), batch), merged)
 
 
+@pytest.mark.parametrize("leave", ["remove", "merge"])
+def test_modules_that_were_put_there_since_stay(leave):
+    model = models.build("llama")
+    applied = tightfit.apply(model, Lora(rank=2))
+    model.resize_token_embeddings(models.VOCABULARY + 10, mean_resizing=False)
+    table, head, inner = model.get_input_embeddings(), model.lm_head, model.model.layers[0].mlp.up_proj.base_layer
+    getattr(applied, leave)()
+    assert (model.get_input_embeddings(), model.lm_head) == (table, head)
+    assert model.model.layers[0].mlp.up_proj is inner
+    assert model(input_ids=torch.tensor([[models.VOCABULARY + 9]])).logits.shape[-1] == models.VOCABULARY + 10
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_merge_that_one_adapter_refuses_leaves_the_others():
     model = qwen2()
     config = {"peft_type": "LORA", "target_modules": ["q_proj", "o_proj"], "lora_bias": True}

@@ -243,12 +243,26 @@ class AdapterEdit(Edit):
         return _AdapterHandle(model, self)
 
 
+_Swap = tuple[nn.Module, str, nn.Module | None, nn.Module | None]
+"""A module, the name of a child, and what stood there before and after the adapters came."""
+
+
+def _swaps(before: list[tuple[nn.Module, dict[str, nn.Module | None]]]) -> list[_Swap]:
+    return [
+        (parent, name, children.get(name), child)
+        for parent, children in before
+        for name, child in parent._modules.items()
+        if children.get(name) is not child
+    ]
+
+
 class _AdapterHandle(Handle):
     def __init__(self, model: nn.Module, edit: AdapterEdit):
         import peft
         from peft.functional import cast_adapter_dtype
 
-        self.children = [(module, dict(module._modules)) for module in model.modules()]
+        self.swaps: list[_Swap] = []
+        before = [(module, dict(module._modules)) for module in model.modules()]
         self.flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         head = {name: model.get_parameter(name).requires_grad for name in edit.head}
         self.weights = _copies(model) if _takes_from_base(edit.config) else []
@@ -260,7 +274,9 @@ class _AdapterHandle(Handle):
                 with _repeatable(model) if self.weights else contextlib.nullcontext():
                     peft.inject_adapter_in_model(edit.config, model, adapter_name=ADAPTER)
             cast_adapter_dtype(model, ADAPTER)
+            self.swaps = _swaps(before)
         except BaseException:
+            self.swaps = _swaps(before)
             self.undo(model)
             raise
         self.weights = [(p, value) for p, value in self.weights if not torch.equal(p.detach().cpu(), value)]
@@ -287,10 +303,13 @@ class _AdapterHandle(Handle):
                 parameter.copy_(value)
 
     def _take_off(self, model: nn.Module) -> None:
-        for module, children in self.children:
-            if module._modules != children:
-                module._modules.clear()
-                module._modules.update(children)
+        for parent, name, stock, adapter in self.swaps:
+            if parent._modules.get(name) is not adapter:
+                continue  # somebody has put another one there since, as a resized table
+            if stock is None:
+                del parent._modules[name]
+            else:
+                parent._modules[name] = stock
         for parameter, flag in self.flags:
             parameter.requires_grad_(flag)
         vars(model).pop("peft_config", None)
