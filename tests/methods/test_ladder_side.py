@@ -307,6 +307,21 @@ def test_a_quarter_of_the_stock_peak(config, task, batch):
 # -- use ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("family", "by"), [("t5", "call"), ("t5", "config"), ("bart", "call")])
+def test_a_tuple_shows_the_encoders_states_as_they_are(family, by):
+    model, _ = built(family, reduction=4)
+    stock = models.build(family).eval()
+    batch = {**models.batch(model), "output_hidden_states": True}
+    for each in (model.eval(), stock):
+        each.config.return_dict = by != "config"
+    if by == "call":
+        batch["return_dict"] = False
+    found, expected = model(**batch), stock(**batch)
+    assert isinstance(found, tuple) and len(found) == len(expected)
+    shapes = [[t.shape for t in out if torch.is_tensor(t)] for out in (found, expected)]
+    assert shapes[0] == shapes[1]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bart", "gemma2"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_with_a_cache_is_generation_without(family, beams):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.core import hfmodel
-from tightfit.core.calls import argument_names, evaluating, named_call
+from tightfit.core.calls import argument_names, evaluating, named_call, returns_dict
 from tightfit.core.edits import CallEdit, ChildEdit, Claim, Edit, ModuleEdit, StackEdit, StackRunner, TrainableEdit
 from tightfit.core.errors import ConflictError, StateError, UnsupportedModelError, shorten
 from tightfit.core.tight import state_of
@@ -179,11 +179,13 @@ class Narrowed:
     """The whole model, whose own outputs show the encoder's states as they are."""
 
     def __call__(self, *args, **kwargs):
-        out = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        # what stands where in a tuple depends on the model and on the call
+        fields = returns_dict(self, kwargs.get("return_dict"))
+        out = super().__call__(*args, **(kwargs if fields else {**kwargs, "return_dict": True}))  # type: ignore[misc]
         wide = getattr(out, "encoder_last_hidden_state", None)
         if wide is not None:
             out["encoder_last_hidden_state"] = wide[..., : state_of(self, Narrowed)["width"]]  # type: ignore[arg-type]
-        return out
+        return out if fields else out.to_tuple()
 
 
 def link_edits(method: str, link: Link, encoder: Place) -> Iterator[Edit]:
