@@ -116,6 +116,26 @@ def rotary(model, length, reduction):
     return tables(torch.zeros(1, dtype=torch.double), torch.arange(length)[None])
 
 
+ROTARY = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**TURNING)),
+    "cohere": lambda: hf.CohereForCausalLM(hf.CohereConfig(**TURNING, bos_token_id=1, eos_token_id=1)),  # in pairs
+    "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**TURNING)),  # half of a head
+}
+TURNING = {**models.SIZE, "hidden_size": 64, "vocab_size": 50, "max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("family", ROTARY)
+def test_side_heads_turn_by_distances_as_the_models_do(family):
+    torch.manual_seed(0)
+    model = ROTARY[family]().eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    tightfit.apply(model, LadderSide(reduction=2, merge="side"))
+    ids, places = torch.arange(1, 11)[None], torch.arange(10)[None]
+    here, further = (model(input_ids=ids, position_ids=places + far).logits for far in (0, 7))
+    torch.testing.assert_close(here, further, rtol=1e-4, atol=1e-4 * float(here.detach().abs().max()))
+
+
 def slow(model, base, ids, reduction, projection):
     """Logits of the ladder by hand from the hidden states of the stock model, without padding."""
     net = nets(model)[0]

@@ -25,7 +25,7 @@ from tightfit.methods.side.frozen import (
     link_edits,
     side_edit,
 )
-from tightfit.methods.side.net import Design, SideNet, build, is_rotary, kept_blocks
+from tightfit.methods.side.net import Design, SideNet, build, kept_blocks, turning
 from tightfit.methods.side.places import (
     Place,
     check_layers,
@@ -178,7 +178,7 @@ class LadderSide(Transform):
         with evaluating(model.modules()):
             scores = fisher(model, blocks, _examples(batches, samples), _loss)
         inner = head_dim(hfmodel.text_config(model))
-        chosen = choose(blocks, here[0].width, inner, value.reduction, scores, rotary=is_rotary(model))
+        chosen = choose(blocks, here[0].width, inner, value.reduction, scores, rotary=turning(model))
         return dataclasses.replace(value, init="fisher", channels=(chosen.states, *chosen.groups))
 
     def is_exact(self) -> bool:

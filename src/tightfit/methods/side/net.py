@@ -81,10 +81,12 @@ class SideNet(nn.Module):
 
     Attributes:
         gates: one number for each block of the stack; sigmoid(gate / T) is the share of the side state.
+        together: neighbouring channels of a head that turn together, see `turning`.
     """
 
     channels: Tensor | None
     norm: nn.Module
+    together: int = 1
 
     def __init__(self, design: Design, rungs: Sequence[int], place: Place, like: Tensor):
         super().__init__()
@@ -153,6 +155,7 @@ def build(model: nn.Module, all_places: Sequence[Place], design: Design) -> list
             nets = [SideNet(design, design.rungs(place), place, kind) for place in all_places]
     for place, net in zip(all_places, nets):
         _fill(model, small, place, net)
+        net.together = max(turning(model), 1)
         net.to(kind.dtype)
     if not meta:
         _initialise(model, all_places, nets, design)
@@ -243,7 +246,7 @@ def chosen_channels(model: nn.Module, all_places: Sequence[Place], design: Desig
         return Choice(states, tuple(rest))
     blocks = kept_blocks(model, all_places, design)
     scores = magnitude(blocks)
-    return choose(blocks, all_places[0].width, inner, design.reduction, scores, rotary=is_rotary(model))
+    return choose(blocks, all_places[0].width, inner, design.reduction, scores, rotary=turning(model))
 
 
 def kept_blocks(model: nn.Module, all_places: Sequence[Place], design: Design) -> list[nn.Module]:
@@ -251,10 +254,39 @@ def kept_blocks(model: nn.Module, all_places: Sequence[Place], design: Design) -
     return [model.get_submodule(place.blocks[i]) for place in all_places for i in design.rungs(place)]
 
 
-def is_rotary(model: nn.Module) -> bool:
-    """Whether heads turn by position."""
+def turning(model: nn.Module) -> int:
+    """How many neighbouring channels of a head turn together by position; 0 where heads do not turn.
+
+    1 where the channels of a pair stand half a head apart, as nearly everywhere; 2 where they are neighbours in the
+    tables that the blocks are called with (Cohere).
+    """
     text = hfmodel.text_config(model)
-    return getattr(text, "rope_parameters", None) is not None or hasattr(text, "rope_theta")
+    if getattr(text, "rope_parameters", None) is None and not hasattr(text, "rope_theta"):
+        return 0
+    tables = (_table(module) for module in hfmodel.backbone(model)[1].modules())
+    return 2 if any(table is not None and _in_pairs(table) for table in tables) else 1
+
+
+def _table(module: Any) -> Tensor | None:
+    """What a module gives for turning by one position; None where it is not for that."""
+    frequencies = getattr(module, "inv_freq", None)
+    if not torch.is_tensor(frequencies) or not hfmodel.has_values(frequencies):
+        return None
+    device = frequencies.device
+    # whatever a foreign forward raises here, it is not the form looked for
+    try:
+        with torch.no_grad():
+            found = module(torch.zeros(1, 1, 1, device=device), torch.ones(1, 1, dtype=torch.long, device=device))
+    except Exception:
+        return None
+    return found[0] if isinstance(found, tuple) and torch.is_tensor(found[0]) else None
+
+
+def _in_pairs(table: Tensor) -> bool:
+    if table.shape[-1] % 2:
+        return False
+    pairs, halves = table.unflatten(-1, (-1, 2)), table.chunk(2, -1)
+    return torch.equal(pairs[..., 0], pairs[..., 1]) and not torch.equal(*halves)
 
 
 def _channels(net: SideNet, states: Sequence[int]) -> None:

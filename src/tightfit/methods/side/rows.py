@@ -113,13 +113,18 @@ def magnitude(blocks: Sequence[nn.Module]) -> dict[int, Tensor]:
     return {id(layer): dense(layer).abs().sum(1).float().cpu() for block in blocks for _, layer in linears(block)}
 
 
-def evenly(size: int, reduction: int) -> tuple[int, ...]:
-    """Every `reduction`-th channel."""
-    return tuple(range(0, size, reduction))
+def evenly(size: int, reduction: int, together: int = 1) -> tuple[int, ...]:
+    """Every `reduction`-th channel, or every `reduction`-th run of so many, where the runs come out even.
+
+    >>> evenly(8, 2), evenly(8, 2, together=2)
+    ((0, 2, 4, 6), (0, 1, 4, 5))
+    """
+    run = together if size % (reduction * together) == 0 else 1
+    return tuple(start + i for start in range(0, size, reduction * run) for i in range(run))
 
 
 def choose(
-    blocks: Sequence[nn.Module], width: int, head_dim: int, reduction: int, scores: Scores, *, rotary: bool
+    blocks: Sequence[nn.Module], width: int, head_dim: int, reduction: int, scores: Scores, *, rotary: int
 ) -> Choice:
     """The most important channels: of the states once, inside heads and MLPs for each block.
 
@@ -129,7 +134,8 @@ def choose(
         head_dim: of one head.
         reduction: by how much a width shrinks.
         scores: importance of the outputs of every linear layer.
-        rotary: heads turn by position, so their channels are taken evenly, which keeps the frequencies.
+        rotary: where heads turn by position, how many neighbours turn together (1 where they stand half a head apart);
+            their channels are taken evenly, which keeps the frequencies. 0: they do not turn.
     """
     total = torch.zeros(width, dtype=torch.float64)
     picked: list[tuple[tuple[int, ...], ...]] = []
@@ -140,7 +146,7 @@ def choose(
             written = scores[id(layers[group.reader])].double()
             total += written / written.sum().clamp_min(1e-30)
             if group.attention and rotary:
-                own.append(evenly(group.unit, reduction))
+                own.append(evenly(group.unit, reduction, rotary))
                 continue
             made = torch.zeros(group.unit, dtype=torch.float64)
             for name in group.makers:

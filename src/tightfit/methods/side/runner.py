@@ -127,10 +127,17 @@ class LadderRunner(StackRunner):
         if isinstance(value, tuple) and value and all(torch.is_tensor(v) and v.is_floating_point() for v in value):
             # tables of a rotation: every r-th frequency is the table of heads of 1/r of the width
             step = self.side.width // self.side.side_width
-            return tuple(v[..., ::step].to(self.side.gates.dtype) for v in value)
+            return tuple(_thinned(v, step, self.side.together).to(self.side.gates.dtype) for v in value)
         if torch.is_tensor(value) and value.dim() == 4 and value.is_floating_point():
             return value.to(self.side.gates.dtype)  # a mask that is added
         return value
+
+
+def _thinned(table: Tensor, step: int, together: int) -> Tensor:
+    """Every `step`-th run of `together` columns."""
+    if together == 1:
+        return table[..., ::step]
+    return table.unflatten(-1, (-1, together))[..., ::step, :].flatten(-2)
 
 
 def _same_attention(side: Any, block: Any) -> None:
