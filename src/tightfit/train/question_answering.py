@@ -197,7 +197,9 @@ def _inside(question: Question, offsets: list) -> list[int]:
 
 
 def _questions(file: RecipeFile) -> tuple[list[Question], list[Question], list[str]]:
-    section, notes, held = file.data, [], None
+    section = file.data
+    notes: list[str] = []
+    held: list[Question] | None = None
     if is_squad(section.train):
         train = read_squad(section.train)[: section.rows]
         if section.eval is not None:
