@@ -13,7 +13,7 @@ from tightfit.ops.attention import attention, dropout_attention
 from tightfit.ops.attention import reference as attention_reference
 from tightfit.ops.bits import pack, unpack
 from tightfit.ops.dropout import dropout
-from tightfit.ops.linear import linear
+from tightfit.ops.linear import add_scaled, linear
 from tightfit.ops.norm import layer_norm, rms_norm
 from tightfit.ops.norm import reference as norm_reference
 from tightfit.ops.recompute import recompute
@@ -262,6 +262,51 @@ def test_a_row_that_may_look_at_nothing_gives_zeros_without_a_bias(kind):
         return F.scaled_dot_product_attention(q, k, v, chosen, 0.25).transpose(1, 2)
 
     compare(lambda q, k, v: dropout_attention(q, k, v, chosen, 0.25), stock, tensors(*[(B, HEADS, L, WIDTH)] * 3))
+
+
+@pytest.mark.parametrize("held", ["both", "weight", "bias", "none"])
+@pytest.mark.parametrize("shape", [(64,), (4, 64)], ids=["rows", "more dimensions"])
+def test_a_coded_norm_is_torchs_with_whatever_it_has(held, shape):
+    (x,) = tensors((N, 4, 64), dtype=torch.float32)
+    scale, shift = (t.detach() + 1 for t in tensors(shape, shape, dtype=torch.float32, seed=2))
+    given = (scale if held in ("both", "weight") else None, shift if held in ("both", "bias") else None)
+    grads = []
+    for norm in (F.layer_norm, lambda *given: layer_norm(*given, codec=Affine())):
+        leaf, (weight,) = x.detach().clone().requires_grad_(), tensors((3, 64), dtype=torch.float32, seed=4)
+        out = norm(leaf, shape, *given, 1e-5)
+        linear(out, weight).square().sum().backward()
+        grads.append((out.detach(), leaf.grad, weight.grad))
+    assert torch.equal(grads[0][0], grads[1][0])
+    for found, wanted in zip(grads[1][1:], grads[0][1:]):
+        assert (found - wanted).norm() < 0.03 * wanted.norm()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_layer_behind_a_coded_rms_norm_gets_its_output(offset):
+    x, w = tensors((N, 64), (64,), dtype=torch.float32)
+    found = []
+    for codec in (None, Affine()):
+        weight = torch.ones(3, 64, requires_grad=True)
+        out = rms_norm(x, w, 1e-6, lambda t: rms()(t, offset + w), offset=offset, codec=codec)
+        linear(out, weight).square().sum().backward()
+        found.append(weight.grad)
+    assert (found[0] - found[1]).norm() < 0.03 * found[0].norm()
+
+
+def test_norms_of_nothing_with_a_code():
+    x, w = torch.zeros(0, 64, requires_grad=True), torch.ones(64, requires_grad=True)
+    (layer_norm(x, (64,), w, None, 1e-5, codec=Affine()).sum()).backward()
+    (rms_norm(x, w, 1e-6, lambda t: rms()(t, w), codec=Affine()).sum()).backward()
+    assert x.grad.shape == (0, 64) and torch.equal(w.grad, torch.zeros(64))
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_scaled_sum_hands_its_gradient_to_both(factor):
+    compare(
+        lambda result, update: add_scaled(result, update * 1, factor),
+        lambda result, update: result + update * factor,
+        tensors((N, D), (N, D), dtype=torch.float32),
+    )
 
 
 def test_layers_do_not_share_a_code_of_an_input_that_was_written_to():
