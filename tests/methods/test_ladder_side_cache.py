@@ -69,6 +69,19 @@ def test_examples_are_served_where_the_head_goes_past_the_backbone():
     assert counted == []
 
 
+def test_the_same_tokens_in_other_columns_are_another_example():
+    model = four("bert", dropout=0.0)
+    tightfit.apply(model, LadderSide(reduction=4, cache_bytes=LARGE))
+    shaken(model)
+    plain = copy.deepcopy(model)  # whose cache is empty
+    ids, mask = torch.arange(5, 13)[None].repeat(2, 1), torch.ones(2, 8, dtype=torch.long)
+    behind, before = (ids, mask.clone()), (ids.roll(3, 1), mask.clone())
+    behind[1][:, 5:], before[1][:, :3] = 0, 0
+    model(input_ids=behind[0], attention_mask=behind[1])
+    found, wanted = (m(input_ids=before[0], attention_mask=before[1]).logits for m in (model, plain))
+    assert torch.equal(found, wanted)
+
+
 def test_examples_are_known_by_themselves_not_by_their_batch():
     model = four("bert", dropout=0.0)
     tightfit.apply(model, LadderSide(reduction=4, cache_bytes=LARGE))

@@ -450,6 +450,22 @@ def test_save_and_load_keep_the_memory(tmp_path):
     assert_close(gradients(base, batch()), gradients(model, batch()), 0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_loss_in_half_precision_is_summed_in_float32(dtype):
+    model = build(DECODERS["llama"], double=False).to(dtype)
+    applied(model, tokens=2, segment=5)
+    assert model(**batch()).loss.dtype == torch.float32
+
+
+def test_slots_begin_as_wide_as_embeddings_are_for_the_blocks():
+    model = build(DECODERS["gemma3"])
+    table = model.get_input_embeddings()
+    tightfit.apply(model, RecurrentMemory(tokens=16, segment=8))
+    wanted = float(table(torch.arange(table.num_embeddings)).detach().std())
+    assert float(memory_of(model).detach().std()) == pytest.approx(wanted, rel=0.15)
+    assert wanted > 2 * float(table.weight.detach().std())
+
+
 def test_every_slot_begins_with_numbers_of_its_own():
     model = build(DECODERS["gpt2"])
     spread = model.get_input_embeddings().weight.std()
