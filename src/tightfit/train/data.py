@@ -129,7 +129,7 @@ def load_sequences(file: RecipeFile, tokenizer: Any) -> TaskData:
     if regression is None:
         regression = label not in train.classes and is_regression(*columns)
         if regression:
-            notes.append(f"{label!r} holds decimal numbers, to be predicted; data.regression: false makes classes of them")
+            notes.append(f"{label!r} holds decimal numbers, to be predicted; data.regression: false makes them classes")
     if held_out is None:
         strata = None if regression else [class_name(v, train, i, label) for i, v in enumerate(columns[0])]
         train, held_out, note = split_off(train, file.data.eval_fraction, file.data.eval_rows, strata)
