@@ -116,6 +116,7 @@ GROUPS: dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]] = {
         "FusedOps + WtaCrs": (FULL, [*FUSED, {"WtaCrs": {}}]),
         "WtaCrs": (FULL, [{"WtaCrs": {}}]),
         "Lora + Velora": (ADAPTERS, [*LORA, {"Velora": {}}]),
+        "Lora + Velora, 96 groups": (ADAPTERS, [*LORA, {"Velora": {"groups": 96}}]),
         "Lora + Velora, all layers": (ADAPTERS, [*LORA, {"Velora": {"where": "*"}}]),
     },
     "tokens": {

@@ -231,6 +231,26 @@ def test_a_step_with_other_parameters_and_a_backward_in_another_mode(row, family
     assert not any(parameter is own.get(name) for name, parameter in twin.named_parameters())
 
 
+@pytest.mark.slow
+@each_in_turn
+def test_compiled_a_step_is_the_same_or_stock(row, family):
+    torch._dynamo.reset()
+    model, _applied = applied_to(row, family, dropout=0.0)  # compiled, torch's checkpoint drops others
+    batches, twin = [models.batch(model, seed=1), models.batch(model, seed=2, length=7)], copy.deepcopy(model)
+    own = gradients(twin, *batches)
+    compiled = torch.compile(model, backend="eager")
+    loss, found = gradients(compiled, *batches)
+    found = {name.removeprefix("_orig_mod."): gradient for name, gradient in found.items()}
+    stock_model = models.build(family, dropout=0.0)
+    stock = gradients(stock_model, *batches)
+    try:
+        torch.testing.assert_close((loss, found), own, rtol=1e-4, atol=1e-6)
+    except AssertionError:  # inside the compiler operators are stock
+        if not any(tightfit.Slot.OPERATORS in t.touches for t in as_recipe(row.make(stock_model))):
+            raise
+        torch.testing.assert_close((loss, found), stock, rtol=1e-4, atol=1e-6)
+
+
 @each_in_turn
 def test_training_lowers_the_loss(row, family):
     model, applied = applied_to(row, family, dropout=0.0)

@@ -277,6 +277,7 @@ class Recurrence(Part):
         )
 
 
+@torch._disable_dynamo  # as torch.compiler.disable, which would import the compiler with the package
 def again(run: Callable[..., Any], memory: Tensor, model: nn.Module, reader: nn.Module) -> Any:
     """Run a segment and keep the memory before it only; in backward it runs again as it ran."""
     real = has_values(memory)

@@ -187,4 +187,5 @@ class Replay:
 
 def _alone(t: Tensor) -> Tensor:
     """The tensor, copied where it would keep a larger memory alive (a part of a joint projection)."""
-    return t if t.untyped_storage().nbytes() <= t.nbytes else t.clone(memory_format=torch.contiguous_format)
+    own = t.numel() * t.element_size()  # the compiler has no t.nbytes
+    return t if t.untyped_storage().nbytes() <= own else t.clone(memory_format=torch.contiguous_format)
