@@ -124,6 +124,11 @@ def test_a_step_that_raises_leaves_no_profile_behind(tmp_path, monkeypatch):
     monkeypatch.undo()
     trainer.train()
     assert not memory.running_profiles and not model._forward_hooks
+    monkeypatch.setattr(Trainer, "compute_loss", lambda self, *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    tightfit.apply(model_of(), None)  # what goes on recording takes ever more memory
+    assert not memory.running_profiles and not torch.autograd._profiler_enabled()
 
 
 def test_with_the_users_own_profile(tmp_path):

@@ -18,6 +18,7 @@ from tightfit.core.edit import load_part_tensors, part_tensors
 from tightfit.core.edits import Edit, Handle, ParameterHandle, Part
 from tightfit.core.errors import ConflictError, RecipeError, StateError, TightfitError, shorten
 from tightfit.core.later import made
+from tightfit.core.memory import end_left_profiles
 from tightfit.core.parameter import gathered, is_sharded
 from tightfit.core.quantised import TrainableInEvaluation, packed_for_inference
 from tightfit.core.recipe import Recipe, as_recipe
@@ -84,6 +85,7 @@ def apply(model: nn.Module, recipe: Recipe | Transform | list | tuple | None) ->
         True
     """
     recipe = as_recipe(recipe)
+    end_left_profiles()  # one that a Trainer's step left by raising would go on recording
     _refuse_unready(model)
     planned, conflicts = resolve(model, recipe)
     if conflicts:
