@@ -77,4 +77,5 @@ def made_inside(model, blocks, batch):
         model(**batch)
     for handle in handles:
         handle.remove()
+    alive.clear()  # the graph holds `pack`, which holds them
     return made, kept - own
