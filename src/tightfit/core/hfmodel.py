@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from tightfit.core.errors import UnsupportedModelError
 from tightfit.core.model_code import children_read
 
 
@@ -184,6 +185,15 @@ def prompt_learning(model: nn.Module) -> list[str]:
     """Kinds of PEFT's prompt learning that the model carries: trained tokens, or keys and values, before each row's."""
     configs = getattr(model, "peft_config", None) or {}
     return [str(config.peft_type.value) for config in configs.values() if config.is_prompt_learning]  # type: ignore[operator, union-attr]
+
+
+def refuse_prompts(method: str, model: nn.Module) -> None:
+    """Raise UnsupportedModelError where PEFT puts prompts before the tokens, for a method that works on the tokens."""
+    if prompt_learning(model):
+        raise UnsupportedModelError(
+            f"{method}: {type(model).__name__} is not supported: PEFT puts prompts before the tokens, behind the call; "
+            "apply the recipe first, then get_peft_model"
+        )
 
 
 def adapter_parameters(model: nn.Module) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,6 +71,11 @@ class Advisor:
     def options(self) -> dict[str, Any]:
         """What `plan` must know about the run beside model, recipe and batch."""
         return plan_options(self.file, self.device)
+
+    @functools.cached_property
+    def _longest(self) -> dict[str, torch.Tensor]:
+        """Two rows as long as the longest of the data."""
+        return longest_batch(self.prepared.data, 2)
 
     def plan(self, *, fallback: str | None = None) -> Plan:
         """The plan of the file's step on its longest batch, gradients accumulated where the file says so."""
@@ -145,7 +151,7 @@ class Advisor:
 
     def largest_batch(self, budget: str | int, **options: Any) -> tuple[int, int]:
         """(rows, tokens): the most rows as long as the longest row of the data that fit, with targets likewise."""
-        length = length_of(longest_batch(self.prepared.data, 2)) or 1
+        length = length_of(self._longest) or 1
         return largest_batch(self.model, self.recipe, length=length, budget=budget, **options, **self._reach()), length
 
     def longest_sequence(self, budget: str | int, **options: Any) -> tuple[int, int]:
@@ -157,7 +163,7 @@ class Advisor:
     def _reach(self) -> dict[str, Any]:
         options = {**self.options, "accumulate": min(2, self.file.train.gradient_accumulation)}
         if self.file.task == "seq2seq-lm":
-            options["target_length"] = longest_batch(self.prepared.data, 2)["labels"].shape[-1]
+            options["target_length"] = self._longest["labels"].shape[-1]
         return options
 
 

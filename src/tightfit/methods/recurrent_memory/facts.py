@@ -53,10 +53,7 @@ def facts_of(model: nn.Module) -> Facts:
         UnsupportedModelError: an encoder-decoder, no text model, a task whose outputs span segments, or embeddings of
             another width than hidden states. Names the reason.
     """
-    if hfmodel.prompt_learning(model):
-        raise _refused(
-            model, "PEFT puts prompts before the tokens, behind the call; apply the recipe first, then get_peft_model"
-        )
+    hfmodel.refuse_prompts("RecurrentMemory", model)
     config: Any = hfmodel.text_config(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise _refused(model, "it is an encoder-decoder; memory is carried through decoders and encoders")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -277,50 +277,43 @@ class Recurrence(Part):
         )
 
 
+class _FirstRun:
+    """The context of a segment's run in forward: what it drew is kept if it drew at all."""
+
+    def __init__(self, state: Replay, reader: nn.Module, real: bool):
+        self.state, self.reader, self.real = state, reader, real
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exc: Any) -> None:
+        self.state.settle(draws=drops(self.reader), real=self.real)
+
+
+class _SecondRun:
+    """The context of its run in backward. A kept graph is gone through several times, so it can be entered anew."""
+
+    def __init__(self, state: Replay, parts: Sequence[Any]):
+        self.state, self.choices = state, [(part, part.draws()) for part in parts]
+
+    def __enter__(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for part, choice in self.choices:
+                stack.callback(part.restore_draws, part.draws())
+                part.restore_draws(choice)
+            stack.enter_context(self.state.again())
+            self.running = stack.pop_all()
+
+    def __exit__(self, *exc: Any) -> None:
+        self.running.__exit__(*exc)
+
+
 @torch._disable_dynamo  # as torch.compiler.disable, which would import the compiler with the package
 def again(run: Callable[..., Any], memory: Tensor, model: nn.Module, reader: nn.Module) -> Any:
     """Run a segment and keep the memory before it only; in backward it runs again as it ran."""
-    real = has_values(memory)
     state = Replay(memory.device.type, True, model)
-    parts = pickers(reader)
-    choices = [part.draws() for part in parts]
-
-    @contextlib.contextmanager
-    def second():
-        before = [part.draws() for part in parts]
-        for part, choice in zip(parts, choices):
-            part.restore_draws(choice)
-        try:
-            with state.again():
-                yield
-        finally:
-            for part, choice in zip(parts, before):
-                part.restore_draws(choice)
-
-    class Second:
-        """A kept graph is gone through several times, so the context must be enterable anew."""
-
-        def __enter__(self):
-            self.running = second()
-            return self.running.__enter__()
-
-        def __exit__(self, *exc):
-            return self.running.__exit__(*exc)
-
-    class First:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exc):
-            state.settle(draws=drops(reader), real=real)
-
-    return checkpoint(
-        run,
-        memory,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=lambda: (First(), Second()),
-    )
+    contexts = _FirstRun(state, reader, has_values(memory)), _SecondRun(state, pickers(reader))
+    return checkpoint(run, memory, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: contexts)
 
 
 def check_call(call: dict[str, Any], facts: Facts, head: str) -> Tensor:

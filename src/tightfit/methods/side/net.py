@@ -153,9 +153,10 @@ def build(model: nn.Module, all_places: Sequence[Place], design: Design) -> list
         small = small_backbone(model, design.reduction, design.dropout)
         with torch.device("meta") if meta else contextlib.nullcontext():
             nets = [SideNet(design, design.rungs(place), place, kind) for place in all_places]
+    together = max(turning(model), 1)
     for place, net in zip(all_places, nets):
         _fill(model, small, place, net)
-        net.together = max(turning(model), 1)
+        net.together = together
         net.to(kind.dtype)
     if not meta:
         _initialise(model, all_places, nets, design)

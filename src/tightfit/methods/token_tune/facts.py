@@ -65,10 +65,7 @@ def facts_of(model: nn.Module) -> Facts:
         UnsupportedModelError: the model mixes tokens outside of attention, takes its attention from somewhere else, or
             has a task for which selection is not defined. Names the reason.
     """
-    if hfmodel.prompt_learning(model):
-        raise _refused(
-            model, "PEFT puts prompts before the tokens, behind the call; apply the recipe first, then get_peft_model"
-        )
+    hfmodel.refuse_prompts("TokenTune", model)
     base_name, base = hfmodel.backbone(model)
     config: Any = getattr(base, "config", None)
     task = task_of(model)
