@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,27 @@ def refuse_second_derivative(name: str) -> None:
     # once_differentiable would let the second derivative vanish silently under a plain `loss.backward()`
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(f"{name} cannot be differentiated twice, and create_graph=True asks for it")
+
+
+def save_beside(ctx: Any, codes: Sequence[Tensor], *saved: Tensor | None) -> None:
+    """Save tensors for backward, `codes` among them or not, which are a function's outputs behind the first.
+
+    They are outputs so that they are kept once, for others too. Nobody sends them a gradient, and autograd makes no
+    zeros of their size in backward, which must be a `first_gradient`.
+    """
+    ctx.mark_non_differentiable(*codes)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*saved)
+
+
+def first_gradient(backward: Callable[[Any, Tensor], Any]) -> Callable[..., Any]:
+    """A backward from the first output's gradient alone; where nothing came to that one either, nothing goes on."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, grad: Tensor | None, *_: None) -> Any:
+        return (None,) * len(ctx.needs_input_grad) if grad is None else backward(ctx, grad)
+
+    return run
 
 
 def without_graph(tensor: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tightfit.ops.autograd import save_beside
+
 _ATTRIBUTE = "_tightfit_packed"
 
 
@@ -38,6 +40,14 @@ class Codec:
     def decode(self, packed: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """x again, approximately."""
         raise NotImplementedError
+
+    def row_blocks(self, shape: Sequence[int]) -> list[slice]:
+        """The rows (n, I) that are best decoded at once, part by part, by who need not have all of them together."""
+        return [slice(0, rows_of(shape))]
+
+    def decode_rows(self, packed: Sequence[Tensor], rows: slice, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """One of these parts, (rows, I)."""
+        return self.decode(packed, shape, dtype).reshape(-1, shape[-1])
 
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Bytes of `encode`'s tensors for a tensor of this shape and dtype."""
@@ -94,8 +104,7 @@ class Kept:
     def save(self, ctx, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Save the inputs for backward; returns the codes, which the operator must return to have them kept once."""
         packed = self.encode(*inputs)
-        ctx.mark_non_differentiable(*packed)
-        ctx.save_for_backward(*(packed or inputs))
+        save_beside(ctx, packed, *(packed or inputs))
         return packed
 
     def again(self, saved: Sequence[Tensor]) -> list[Tensor]:
@@ -108,6 +117,32 @@ class Kept:
             return saved[number]
         each = len(saved) // len(self.likes)
         return self._decode(saved[number * each :][:each], *self.likes[number])
+
+    @property
+    def alike(self) -> bool:
+        """All inputs are in code, and of one shape and type."""
+        return self.codec is not None and len(set(self.likes)) == 1
+
+    def empty(self, saved: Sequence[Tensor]) -> Tensor:
+        """Memory like that of the first input."""
+        shape, dtype, _ = self.likes[0]
+        return saved[0].new_empty(shape, dtype=dtype)
+
+    def each_part(self, saved: Sequence[Tensor], call: Callable[..., object], *along: Tensor) -> None:
+        """Call with some rows of each input, which are `alike`, and the same rows of tensors of their shape.
+
+        The inputs' rows (n, I) are new memory; those of a contiguous tensor are its own.
+        """
+        assert self.codec is not None
+        shape, dtype, heads_inside = self.likes[0]
+        flat = [t.reshape(-1, shape[-1]) for t in along]
+        if heads_inside:
+            call(*(value.reshape(-1, shape[-1]) for value in self.again(saved)), *flat)
+            return
+        each = len(saved) // len(self.likes)
+        codes = [saved[start:][:each] for start in range(0, len(saved), each)]
+        for rows in self.codec.row_blocks(shape):
+            call(*(self.codec.decode_rows(code, rows, shape, dtype) for code in codes), *(t[rows] for t in flat))
 
     def _decode(self, packed: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype, heads_inside: bool) -> Tensor:
         assert self.codec is not None

@@ -12,7 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tightfit.ops.autograd import inner_gradients, no_view, refuse_second_derivative, saved_apart
+from tightfit.ops.autograd import (
+    first_gradient,
+    inner_gradients,
+    no_view,
+    refuse_second_derivative,
+    save_beside,
+    saved_apart,
+)
 from tightfit.ops.codec import Codec, Kept
 from tightfit.ops.source import Rebuild, attach
 
@@ -163,12 +170,12 @@ class _Recompute(torch.autograd.Function):
         packed = rerun.coded.encode(*(t for t, need in zip(inputs, rerun.needs) if need))
         kept = rerun.kept_of(inputs, packed)
         ctx.rerun, ctx.count = rerun, len(kept)
-        ctx.mark_non_differentiable(*packed)
-        ctx.save_for_backward(*kept, *parameters)
+        save_beside(ctx, packed, *kept, *parameters)
         return no_view(rerun.call(*inputs)), *packed
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    @first_gradient
+    def backward(ctx, grad):
         refuse_second_derivative("recompute")
         grads = ctx.rerun.taken(grad)
         if grads is None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tightfit.ops import kernels
 from tightfit.ops.activation.torch import Function
-from tightfit.ops.autograd import refuse_second_derivative
+from tightfit.ops.autograd import first_gradient, refuse_second_derivative, save_beside
 
 STEPS = {
     "gelu": ((-3.18588, -0.04922), (-0.00118, 1.09796), (3.19083, -0.04874)),
@@ -73,12 +73,12 @@ class _FewBit(torch.autograd.Function):
         else:
             packed = pack_codes(sum((x > threshold).to(torch.uint8) for threshold, _ in STEPS[kind]))
         ctx.kind, ctx.dtype = kind, x.dtype
-        ctx.mark_non_differentiable(packed)
-        ctx.save_for_backward(packed)
+        save_beside(ctx, [packed], packed)
         return function(x), packed
 
     @staticmethod
-    def backward(ctx, grad, _):
+    @first_gradient
+    def backward(ctx, grad):
         refuse_second_derivative("few_bit_activation")
         (packed,) = ctx.saved_tensors
         if kernels.use(packed, grad) and grad.dtype in kernels.HALVES:

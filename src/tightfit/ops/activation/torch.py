@@ -8,36 +8,46 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.ops import kernels
-from tightfit.ops.autograd import refuse_second_derivative
+from tightfit.ops.autograd import first_gradient, refuse_second_derivative
 from tightfit.ops.codec import Codec, Kept
 from tightfit.ops.recompute import recompute
 from tightfit.ops.source import attach
 
 aten = torch.ops.aten
 Function = Callable[[Tensor], Tensor]
-Slope = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Slope:
+    """An activation's derivative, and the function itself, by torch's own kernels.
+
+    Args:
+        kind: as `kind_of` names it.
+    """
+
+    def __init__(self, kind: str):
+        silu = kind == "silu"
+        self._value, self._slope = (aten.silu, aten.silu_backward) if silu else (aten.gelu, aten.gelu_backward)
+        self._options = {} if silu else {"approximate": "tanh" if kind == "gelu_tanh" else "none"}
+
+    def __call__(self, grad: Tensor, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        """grad * f'(x), in `memory`, which may be that of x, or in new memory."""
+        if memory is None or memory.dtype != grad.dtype or x.dtype != grad.dtype:
+            return self._slope(grad, x, **self._options)
+        return self._slope.grad_input(grad, x, **self._options, grad_input=memory)
+
+    def value(self, x: Tensor, memory: Tensor) -> Tensor:
+        """f(x), in `memory`, which may be that of x."""
+        return self._value.out(x, **self._options, out=memory)
 
 
 def slope_of(function: Function) -> Slope | None:
-    """(grad, x, memory) -> grad * f'(x) by torch's own kernel, or None where there is none for this function.
-
-    The result goes into `memory`, which may be that of x, or into new memory where that is None.
+    """The derivative of a function by torch's own kernel, or None where there is none.
 
     >>> slope_of(nn.ReLU()) is None
     True
     """
     kind = kind_of(function)
-    if kind is None:
-        return None
-    kernel = aten.silu_backward if kind == "silu" else aten.gelu_backward
-    options = {} if kind == "silu" else {"approximate": "tanh" if kind == "gelu_tanh" else "none"}
-
-    def slope(grad: Tensor, x: Tensor, memory: Tensor | None = None) -> Tensor:
-        if memory is None or memory.dtype != grad.dtype or x.dtype != grad.dtype:
-            return kernel(grad, x, **options)
-        return kernel.grad_input(grad, x, **options, grad_input=memory)
-
-    return slope
+    return None if kind is None else Slope(kind)
 
 
 def kind_of(function: Function) -> str | None:
@@ -77,7 +87,15 @@ def activation(x: Tensor, function: Function, slope: Slope | None = None, *, cod
         return recompute(function, x, codec=codec)
     kept = Kept(codec, x)
     out, *packed = _Activation.apply(x, function, slope, kept)
-    return attach(out, packed or (x,), lambda *saved: function(*kept.again(saved)), rowwise=not packed)
+    if not packed:
+        return attach(out, (x,), function, rowwise=True)
+
+    def again(*saved: Tensor) -> Tensor:
+        made = kept.empty(saved)
+        kept.each_part(saved, slope.value, made)
+        return made
+
+    return attach(out, packed, again)
 
 
 class _Activation(torch.autograd.Function):
@@ -88,10 +106,15 @@ class _Activation(torch.autograd.Function):
         return function(x), *packed
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    @first_gradient
+    def backward(ctx, grad):
         refuse_second_derivative("activation")
-        (x,) = ctx.kept.again(ctx.saved_tensors)
-        return ctx.slope(grad, x, x if ctx.kept.codec is not None else None), None, None, None
+        kept, saved = ctx.kept, ctx.saved_tensors
+        if kept.codec is None:
+            return ctx.slope(grad, saved[0]), None, None, None
+        grad_x = kept.empty(saved)
+        kept.each_part(saved, lambda x, pull, made: ctx.slope(pull, x, made), grad.to(grad_x.dtype), grad_x)
+        return grad_x, None, None, None
 
 
 def gated_activation(
@@ -128,12 +151,12 @@ def gated_activation(
 
             gate, up = kept.again(saved)
             return triton.product(gate, up, kind, overwrite=codec is not None)
-        gate = kept.one(saved, 0)
-        value = function(gate)
-        if value is gate:
-            return value * kept.one(saved, 1)
-        del gate
-        return value.mul_(kept.one(saved, 1))
+        if not kept.alike:
+            value, up = function(kept.one(saved, 0)), kept.one(saved, 1)
+            return value.mul_(up) if value.shape == up.shape and value.dtype == up.dtype else value * up
+        made = kept.empty(saved)
+        kept.each_part(saved, lambda gate, up, rows: slope.value(gate, rows).mul_(up), made)
+        return made
 
     return attach(out, packed or (gate, up), again, rowwise=not packed and gate.shape == up.shape)
 
@@ -146,7 +169,8 @@ class _Gated(torch.autograd.Function):
         return function(gate) * up, *packed
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    @first_gradient
+    def backward(ctx, grad):
         refuse_second_derivative("gated_activation")
         saved = ctx.saved_tensors  # once: a checkpoint unpacks only once
         if ctx.kind is not None and grad.dtype == ctx.kept.likes[0][1] and kernels.use(grad, *saved):
@@ -155,7 +179,16 @@ class _Gated(torch.autograd.Function):
             gate, up = ctx.kept.again(saved)
             grads = triton.gated_backward(grad, gate, up, ctx.kind, overwrite=ctx.kept.codec is not None)
             return *grads, None, None, None, None
-        pull = grad * ctx.kept.one(saved, 1)
-        gate = ctx.kept.one(saved, 0)
-        grad_gate = ctx.slope(pull, gate, pull)
-        return grad_gate, ctx.function(gate).mul_(grad), None, None, None, None
+        if not ctx.kept.alike:
+            pull = grad * ctx.kept.one(saved, 1)
+            gate = ctx.kept.one(saved, 0)
+            grad_gate = ctx.slope(pull, gate, pull)
+            return grad_gate, ctx.function(gate).mul_(grad), None, None, None, None
+        grad_gate, grad_up = ctx.kept.empty(saved), ctx.kept.empty(saved)
+
+        def of_part(gate: Tensor, up: Tensor, pull: Tensor, of_gate: Tensor, of_up: Tensor) -> None:
+            ctx.slope(up.mul_(pull), gate, of_gate)
+            ctx.slope.value(gate, of_up).mul_(pull)
+
+        ctx.kept.each_part(saved, of_part, grad.to(grad_up.dtype), grad_gate, grad_up)
+        return grad_gate, grad_up, None, None, None, None

@@ -17,6 +17,9 @@ from tightfit.ops.codec import Codec, rows_of
 from tightfit.ops.probing import probe
 
 RANGE = {8: torch.float32, 4: torch.float16}
+PARTS = 4
+LEAST_PART = 2**18
+"""Elements of the parts that a tensor is decoded in: a quarter of it, but not so few that calls cost more."""
 
 
 class Affine(Codec):
@@ -70,6 +73,17 @@ class Affine(Codec):
             return triton.unpack(packed[0], shape, dtype, group, width, self.bits)
         x = torch.ops.tightfit.affine_unpack(packed[0], self.bits).to(dtype).view(*shape[:-1], width)
         return x if width == shape[-1] else x[..., : shape[-1]]
+
+    def row_blocks(self, shape: Sequence[int]) -> list[slice]:
+        rows = rows_of(shape)
+        each = max(math.ceil(rows / PARTS), math.ceil(LEAST_PART / shape[-1]))
+        return [slice(start, min(start + each, rows)) for start in range(0, rows, each)]
+
+    def decode_rows(self, packed: Sequence[Tensor], rows: slice, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        group, width = self.group_of(shape[-1])
+        groups = width // group
+        part = packed[0][rows.start * groups : rows.stop * groups]
+        return self.decode((part,), torch.Size((rows.stop - rows.start, shape[-1])), dtype)
 
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         group, width = self.group_of(shape[-1])

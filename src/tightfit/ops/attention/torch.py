@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tightfit.ops.autograd import autocast_dtype, cast_for_autocast, refuse_second_derivative
+from tightfit.ops.autograd import (
+    autocast_dtype,
+    cast_for_autocast,
+    first_gradient,
+    refuse_second_derivative,
+    save_beside,
+)
 from tightfit.ops.bits import pack, unpack
 from tightfit.ops.codec import Codec, Kept
 from tightfit.ops.recompute import Joint, recompute
@@ -229,12 +235,12 @@ class _DropoutAttention(torch.autograd.Function):
             out[part] = (found.mul_(noise.div_(1 - joint.p)) @ _wide(v[part])).transpose(1, 2)
         bits, coded = torch.cat(packed), joint.coded.encode(q, k, v)
         added = [t for t in (mask, bias) if t is not None]
-        ctx.mark_non_differentiable(bits, *coded)
-        ctx.save_for_backward(bits, *added, *(coded or (q, k, v)))
+        save_beside(ctx, [bits, *coded], bits, *added, *(coded or (q, k, v)))
         return out, bits, *coded
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    @first_gradient
+    def backward(ctx, grad):
         refuse_second_derivative("dropout_attention")
         grads = ctx.joint.taken(grad)
         if grads is None:

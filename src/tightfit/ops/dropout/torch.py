@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tightfit.ops import kernels
-from tightfit.ops.autograd import refuse_second_derivative
+from tightfit.ops.autograd import first_gradient, refuse_second_derivative, save_beside
 from tightfit.ops.bits import pack, unpack
 from tightfit.ops.source import Rebuild, attach, source_of
 
@@ -87,12 +87,12 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx, x, p):
         noise, packed = noise_like(x, p)
         ctx.p = p
-        ctx.mark_non_differentiable(packed)
-        ctx.save_for_backward(packed)
+        save_beside(ctx, [packed], packed)
         return x * noise, packed
 
     @staticmethod
-    def backward(ctx, grad, _):
+    @first_gradient
+    def backward(ctx, grad):
         refuse_second_derivative("dropout")
         (packed,) = ctx.saved_tensors
         return _times_noise(grad, packed, ctx.p, grad.dtype), None

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tightfit.ops import kernels
-from tightfit.ops.autograd import autocast_dtype, refuse_second_derivative
+from tightfit.ops.autograd import autocast_dtype, first_gradient, refuse_second_derivative, save_beside
 from tightfit.ops.codec import Codec
 from tightfit.ops.source import attach, lasting
 
@@ -105,12 +105,12 @@ class _CodedLayerNorm(torch.autograd.Function):
         packed = codec.encode(unit)
         out = unit if weight is None and bias is None else torch.native_layer_norm(wide, shape, scale, shift, eps)[0]
         ctx.shape, ctx.codec, ctx.input_dtype = shape, codec, x.dtype
-        ctx.mark_non_differentiable(*packed)
-        ctx.save_for_backward(rstd, weight, bias, *packed)
+        save_beside(ctx, packed, rstd, weight, bias, *packed)
         return out, *packed
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    @first_gradient
+    def backward(ctx, grad):
         refuse_second_derivative("layer_norm")
         rstd, weight, bias, *packed = ctx.saved_tensors
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
@@ -257,13 +257,13 @@ class _CodedRMSNorm(torch.autograd.Function):
         unit, scale = _unit(x, eps)
         packed = codec.encode(unit)
         ctx.offset, ctx.codec, ctx.input_dtype = offset, codec, x.dtype
-        ctx.mark_non_differentiable(*packed)
-        ctx.save_for_backward(scale, weight, *packed)
+        save_beside(ctx, packed, scale, weight, *packed)
         del unit
         return stock(x), *packed
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    @first_gradient
+    def backward(ctx, grad):
         refuse_second_derivative("rms_norm")
         scale, weight, *packed = ctx.saved_tensors
         unit = ctx.codec.decode(packed, grad.shape, scale.dtype)
