@@ -61,9 +61,28 @@ def process(make: Callable[[], Callable[[], None]]) -> Iterator[Callable[[], tup
         child.join()
 
 
+Rounds = list[tuple[tuple[float, int], tuple[float, int]]]
+
+
 def measured(stock: Callable, other: Callable, rounds: int) -> dict[str, float]:
     """What rounds stock, case, stock, case ... took, after two to warm up."""
-    found = [(stock(), other()) for _ in range(rounds + 2)][2:]
+    return _summed_up(_rounds(stock, other, rounds))
+
+
+def measured_in_pairs(stock: Callable, other: Callable, pairs: int, rounds: int) -> dict[str, float]:
+    """The same over the rounds of several pairs of new processes; `stock` and `other` make a step each."""
+    found: Rounds = []
+    for _ in range(pairs):
+        with process(stock) as one, process(other) as two:
+            found += _rounds(one, two, rounds)
+    return _summed_up(found)
+
+
+def _rounds(stock: Callable, other: Callable, rounds: int) -> Rounds:
+    return [(stock(), other()) for _ in range(rounds + 2)][2:]
+
+
+def _summed_up(found: Rounds) -> dict[str, float]:
     base, times = ([row[i][0] for row in found] for i in (0, 1))
     return {
         "measured": statistics.median(b / a for a, b in zip(base, times)),
