@@ -144,3 +144,41 @@ def test_where_no_gradient_comes_none_goes_on(operator):
     }[operator]()
     _Stopped.apply(out).sum().backward()
     assert x.grad is None and w.grad is None
+
+
+def counted(codec, monkeypatch):
+    calls = []
+    decode = codec.decode
+    monkeypatch.setattr(codec, "decode", lambda *given: calls.append(1) or decode(*given))
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["layer norm", "rms norm"])
+def test_a_norms_code_is_decoded_once_for_all(kind, monkeypatch):
+    codec, x, w = Affine(), leaf(6, 96), leaf(96, seed=2)
+    layers = [leaf(3, 96, seed=seed) for seed in (3, 4)]
+
+    def run():
+        norm = layer_norm(x, (96,), w, None, 1e-5, codec=codec)
+        if kind == "rms norm":
+            norm = rms_norm(x, w, 1e-5, lambda t: t * torch.rsqrt(t.square().mean(-1, True) + 1e-5) * w, codec=codec)
+        return sum(linear(norm, layer).sum() for layer in layers)
+
+    calls = counted(codec, monkeypatch)
+    loss = run()
+    first = torch.autograd.grad(loss, [x, w, *layers], retain_graph=True)
+    assert len(calls) == 1
+    # a graph that is gone through again has nothing left to share, and the same gradients
+    second = torch.autograd.grad(loss, [x, w, *layers])
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    # a graph that is left after the layers' part holds nothing for the norm that is never asked
+    calls.clear()
+    torch.autograd.grad(run(), layers)
+    assert len(calls) == 1
+
+
+def test_a_norm_without_layers_behind_decodes_for_itself(monkeypatch):
+    codec, x, w = Affine(), leaf(6, 96), leaf(96, seed=2)
+    calls = counted(codec, monkeypatch)
+    layer_norm(x, (96,), w, None, 1e-5, codec=codec).square().sum().backward()
+    assert len(calls) == 1 and x.grad is not None

@@ -52,6 +52,12 @@ class Rebuild:
         self._value = value if self._users > 0 else None
         return value
 
+    def ahead(self, kept: Sequence[Tensor]) -> Tensor:
+        """The value for somebody else, before its users ask; held for them."""
+        value = self._value if self._value is not None else self.make(kept, None)
+        self._value = value if self._users > 0 else None
+        return value
+
     def make(self, kept: Sequence[Tensor], grad: Tensor | None) -> Tensor:
         with torch.no_grad(), self.as_in_forward(kept[0].device.type):
             return self._make(*kept)

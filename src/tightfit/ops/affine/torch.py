@@ -134,8 +134,9 @@ def affine_pack(groups: Tensor, bits: int) -> Tensor:
     packed = pack(groups.contiguous())
     # that kernel passes over NaN; a sum does not
     total = groups @ groups.new_ones(groups.shape[-1])
-    lost = (total - total).to(RANGE[bits]).unsqueeze(-1).view(torch.uint8)  # bytes of zero or of NaN
-    packed[:, -RANGE[bits].itemsize :] |= lost
+    lost = (total - total).to(RANGE[bits])  # zero or NaN
+    if lost.any():
+        packed[:, -RANGE[bits].itemsize :] |= lost.unsqueeze(-1).view(torch.uint8)
     return packed
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor
 from tightfit.ops import kernels
 from tightfit.ops.autograd import autocast_dtype, first_gradient, refuse_second_derivative, save_beside
 from tightfit.ops.codec import Codec
-from tightfit.ops.source import attach, lasting
+from tightfit.ops.source import Rebuild, attach, lasting
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 WIDEST = 16384
@@ -52,15 +53,15 @@ def layer_norm(
         out = _LayerNorm.apply(x, shape, weight, bias, eps)
         from_x = functools.partial(F.layer_norm, normalized_shape=shape, weight=held_weight, bias=held_bias, eps=eps)
         return attach(out, (x,), from_x, rowwise=len(shape) == 1)
-    out, *packed = _CodedLayerNorm.apply(x, shape, weight, bias, eps, codec)
+    units = _Units(codec)
+    out, *packed = _CodedLayerNorm.apply(x, shape, weight, bias, eps, units)
 
     def again(*kept: Tensor) -> Tensor:
-        unit = codec.decode(kept, out_shape, out_dtype)
-        if held_weight is not None:
-            unit = unit * held_weight
-        return unit if held_bias is None else unit.add_(held_bias) if held_weight is not None else unit + held_bias
+        unit = units.ahead(kept)
+        if held_weight is None:
+            return unit if held_bias is None else unit + held_bias
+        return unit * held_weight if held_bias is None else torch.addcmul(held_bias, unit, held_weight)
 
-    out_shape, out_dtype = out.shape, out.dtype
     return attach(out, packed, again)
 
 
@@ -97,14 +98,31 @@ class _LayerNorm(torch.autograd.Function):
         return _layer_norm_backward(grad, x.to(grad.dtype), ctx.shape, mean, rstd, weight, bias, needs, x.dtype)
 
 
+class _Units(Rebuild):
+    """The normalised rows from their code, decoded once for the layers behind and the norm's own backward."""
+
+    def __init__(self, codec: Codec):
+        self.codec = codec
+        super().__init__(codec.decode)
+
+    def encode(self, unit: Tensor, ctx: Any) -> tuple[Tensor, ...]:
+        self.shape, self.dtype = unit.shape, unit.dtype
+        if any(ctx.needs_input_grad):
+            self.add_user()
+        return self.codec.encode(unit)
+
+    def make(self, kept: Sequence[Tensor], grad: Tensor | None) -> Tensor:
+        return self.codec.decode(kept, self.shape, self.dtype)
+
+
 class _CodedLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shape, weight, bias, eps, codec):
+    def forward(ctx, x, shape, weight, bias, eps, units):
         wide, scale, shift = _as_autocast(x, weight, bias)
         unit, _, rstd = torch.native_layer_norm(wide, shape, None, None, eps)
-        packed = codec.encode(unit)
+        packed = units.encode(unit, ctx)
         out = unit if weight is None and bias is None else torch.native_layer_norm(wide, shape, scale, shift, eps)[0]
-        ctx.shape, ctx.codec, ctx.input_dtype = shape, codec, x.dtype
+        ctx.shape, ctx.units, ctx.input_dtype = shape, units, x.dtype
         save_beside(ctx, packed, rstd, weight, bias, *packed)
         return out, *packed
 
@@ -114,7 +132,7 @@ class _CodedLayerNorm(torch.autograd.Function):
         refuse_second_derivative("layer_norm")
         rstd, weight, bias, *packed = ctx.saved_tensors
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
-        unit = ctx.codec.decode(packed, grad.shape, grad.dtype)
+        unit = ctx.units(packed)
         if _in_kernel(ctx.shape, unit, grad, rstd, weight, bias):
             from tightfit.ops.norm import triton
 
@@ -200,11 +218,12 @@ def rms_norm(
     if codec is None or not x.numel():
         from_x = stock if rebuild is None else functools.partial(rebuild, held)
         return attach(_RMSNorm.apply(x, weight, eps, stock, offset), (x,), from_x, rowwise=True)
-    out, *packed = _CodedRMSNorm.apply(x, weight, eps, stock, offset, codec)
-    shape, dtype, kind = out.shape, out.dtype, _compute_dtype(x)
+    units = _Units(codec)
+    out, *packed = _CodedRMSNorm.apply(x, weight, eps, stock, offset, units)
+    dtype, kind = out.dtype, _compute_dtype(x)
 
     def again(*kept: Tensor) -> Tensor:
-        return codec.decode(kept, shape, kind).mul_(_factor(held, offset, kind)).to(dtype)
+        return (units.ahead(kept) * _factor(held, offset, kind)).to(dtype)
 
     return attach(out, packed, again)
 
@@ -253,10 +272,10 @@ class _RMSNorm(torch.autograd.Function):
 
 class _CodedRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, stock, offset, codec):
+    def forward(ctx, x, weight, eps, stock, offset, units):
         unit, scale = _unit(x, eps)
-        packed = codec.encode(unit)
-        ctx.offset, ctx.codec, ctx.input_dtype = offset, codec, x.dtype
+        packed = units.encode(unit, ctx)
+        ctx.offset, ctx.units, ctx.input_dtype = offset, units, x.dtype
         save_beside(ctx, packed, scale, weight, *packed)
         del unit
         return stock(x), *packed
@@ -266,7 +285,7 @@ class _CodedRMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         refuse_second_derivative("rms_norm")
         scale, weight, *packed = ctx.saved_tensors
-        unit = ctx.codec.decode(packed, grad.shape, scale.dtype)
+        unit = ctx.units(packed)
         if _in_kernel(weight.shape, unit, grad, scale, weight):
             from tightfit.ops.norm import triton
 
