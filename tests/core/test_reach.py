@@ -104,3 +104,19 @@ def test_wrong_input(bert):
             call(None, "1GiB", 0)
     with pytest.raises(tightfit.DataError, match="128 positions"):
         tightfit.largest_batch(bert, length=129, budget="1GiB")
+
+
+@pytest.mark.parametrize(
+    ("verb", "given"),
+    [
+        ("plan", {"batch": (2, 8)}),
+        ("recommend", {"batch": (2, 8), "budget": "1GiB"}),
+        ("largest_batch", {"length": 8, "budget": "1GiB"}),
+        ("longest_sequence", {"batch_size": 2, "budget": "1GiB"}),
+    ],
+)
+def test_an_option_that_there_is_not_is_named(bert, verb, given):
+    with pytest.raises(
+        TypeError, match=rf"^{verb}\(autocats=...\): no such option; accepted are .*did you mean 'autoc"
+    ):
+        getattr(tightfit, verb)(bert, **given, autocats=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from tightfit.core.batch import Batch, check_batch, describe_batch
 from tightfit.core.conflicts import Conflict
 from tightfit.core.edits import planning
 from tightfit.core.errors import SimulationError, StateError
+from tightfit.core.fields import near
 from tightfit.core.quantised import only_unpacked, planned_bytes
 from tightfit.core.recipe import Recipe, as_recipe
 from tightfit.core.skeleton import meta_copy
@@ -195,6 +197,7 @@ def plan(
         >>> lora.by_category["optimizer"] < stock.by_category["optimizer"]
         True
     """
+    check_options("plan", options)
     if fallback not in (None, "measure"):
         raise ValueError(f"plan(fallback=...): got {fallback!r}, accepted are None and 'measure'")
     draft = Draft(model, as_recipe(recipe))
@@ -204,6 +207,18 @@ def plan(
         if fallback is None:
             raise
         return draft.measured(batch, optimizer, options, error)
+
+
+def check_options(verb: str, options: Mapping[str, Any]) -> None:
+    """Raise TypeError for what is no option of a simulated step."""
+    from tightfit.core.simulate import simulate
+
+    accepted = [name for name in inspect.signature(simulate).parameters if name not in ("model", "batch")]
+    for name in options:
+        if name not in accepted:
+            raise TypeError(
+                f"{verb}({name}=...): no such option; accepted are {', '.join(accepted)}{near(name, accepted)}"
+            )
 
 
 class Draft:

@@ -12,7 +12,7 @@ from tightfit.core.batch import Batch, check_batch, positions
 from tightfit.core.budget import parse_budget
 from tightfit.core.errors import BudgetError, ConflictError, UnsupportedModelError
 from tightfit.core.fitting import need
-from tightfit.core.plan import Draft, Plan, mib
+from tightfit.core.plan import Draft, Plan, check_options, mib
 from tightfit.core.recipe import Recipe, as_recipe
 from tightfit.core.simulate.batches import example_batch, task_of
 from tightfit.core.transform import Transform
@@ -57,6 +57,7 @@ def largest_batch(
         >>> tightfit.largest_batch(model, tightfit.Lora(), length=64, budget="300MiB", elsewhere=True) > 8
         True
     """
+    check_options("largest_batch", options)
     most = parse_budget(budget, device=options.get("device", "cpu"), elsewhere=elsewhere)
     draft = _draft(model, recipe)
 
@@ -104,6 +105,7 @@ def longest_sequence(
         >>> tightfit.longest_sequence(model, batch_size=1, budget="2GiB")
         512
     """
+    check_options("longest_sequence", options)
     most = parse_budget(budget, device=options.get("device", "cpu"), elsewhere=elsewhere)
     draft = _draft(model, recipe)
     if task_of(model) == "image":

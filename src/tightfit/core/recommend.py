@@ -13,7 +13,7 @@ from tightfit.core.batch import Batch, check_batch
 from tightfit.core.budget import parse_budget
 from tightfit.core.fields import near
 from tightfit.core.fitting import Fit
-from tightfit.core.plan import Plan, mib
+from tightfit.core.plan import Plan, check_options, mib
 from tightfit.core.recipe import Recipe, method_classes
 from tightfit.core.search import INDIFFERENT, Progress, Search, check_count, freezes
 from tightfit.core.transform import Transform
@@ -116,6 +116,7 @@ def recommend(
     for name in ("accumulate", "fallback", "train"):
         if name in options:
             raise TypeError(f"recommend({name}=...): not an option here; see effective_batch for accumulation")
+    check_options("recommend", options)
     if tune not in TUNE:
         raise ValueError(f"recommend(tune=...): got {tune!r}, accepted are {', '.join(TUNE)}{near(tune, TUNE)}")
     check_count("limit", limit)
