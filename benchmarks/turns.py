@@ -86,6 +86,7 @@ def _summed_up(found: Rounds) -> dict[str, float]:
     base, times = ([row[i][0] for row in found] for i in (0, 1))
     return {
         "measured": statistics.median(b / a for a, b in zip(base, times)),
+        "rounds": len(found),
         "measured_least": min(times) / min(base),
         "seconds": statistics.median(times),
         "stock_seconds": statistics.median(base),
