@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 import tightfit
 from tightfit import (
+    Checkpointing,
     LadderSide,
     LearnableMemory,
     Lora,
@@ -38,7 +39,7 @@ def run(model, applied, folder, *, resume=None, rate=1e-2, **more):
         args=TrainingArguments(output_dir=str(folder), **quiet(**settings)),
         train_dataset=rows_of(stock("vit" if "vit" in model.config.model_type else "bert"), 8),
         eval_dataset=rows_of(stock("vit" if "vit" in model.config.model_type else "bert"), 4, seed=1),
-        callbacks=[applied.callback(), keeps],
+        callbacks=[keeps] if applied is None else [applied.callback(), keeps],
     )
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return keeps.last, trainer
@@ -53,6 +54,16 @@ def test_directions_and_draws_go_with_the_trainers_checkpoints(restored, tmp_pat
         ends.append(run(model, applied, tmp_path, resume=resume, restore_callback_states_from_checkpoint=restored)[0])
         assert applied.state_dict()
     assert_same_weights(ends[1], ends[0])
+
+
+def test_a_run_that_began_without_a_recipe_goes_on_with_one(tmp_path):
+    """As after one that ran out of memory; it saves on, too."""
+    plain, _ = run(stock("bert"), None, tmp_path)
+    model = stock("bert")
+    resumed, _ = run(model, tightfit.apply(model, Checkpointing()), tmp_path, resume=tmp_path / "checkpoint-2")
+    assert_same_weights(resumed, plain)
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["RecipeCallback"]["attributes"]["saved"]["step"] == 4
 
 
 def adapted(seed=1):

@@ -75,8 +75,9 @@ class RecipeCallback(TrainerCallback, ExportableState):
 
     def _resume(self, args: Any, state: Any) -> None:
         self.step = getattr(state, "global_step", 0)
-        held = getattr(state, "stateful_callbacks", None) or {}
-        found = held.get(RecipeCallback.__name__)
+        held = getattr(state, "stateful_callbacks", None)
+        # the Trainer saves only into a place that is there, and a run that began without a recipe has left none
+        found = None if held is None else held.setdefault(RecipeCallback.__name__, {})
         saved = found.get("attributes", {}).get("saved") if isinstance(found, dict) else None
         # a run that begins holds the state of its own beginning; one of another step says nothing
         if self.step and saved and saved["step"] == self.step:
