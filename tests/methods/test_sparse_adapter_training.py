@@ -162,6 +162,26 @@ def test_gradients_that_are_zeroed_are_forgotten(to_none):
     assert same(*results)
 
 
+def test_gradients_that_are_taken_and_put_in_place_train_the_rows_too():
+    """As those do who mix the gradients of several losses; the links' are the norms of their rows' gradients."""
+    batch = models.batch(build("llama"))
+    results = []
+    for taken in (False, True):
+        model, found, part = applied("llama")
+        optimizer = found.optimizer(lr=0.01)
+        loss, trained = model(**batch).loss, list(found.parameters())
+        if taken:
+            for parameter, grad in zip(trained, torch.autograd.grad(loss, trained)):
+                parameter.grad = grad
+        else:
+            loss.backward()
+        optimizer.step()
+        assert all(layer.bank.step.any() for layer in part.layers)
+        results.append(state(part))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
 def test_gradients_that_are_not_finite_stop_the_step_by_the_layers_name():
     model, found, part = applied("bert")
     optimizer = found.optimizer(lr=0.01)

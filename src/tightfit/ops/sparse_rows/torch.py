@@ -33,7 +33,8 @@ def sparse_rows(
         places: (M, k) int32, where each token's rows stand in the slot, -1 for none; None: every token uses all rows.
         scale: s.
         gate: (M, k), multiplied with the positive scores.
-        link: (1,), gets a zero gradient, so that a backward comes here even where nothing else asks for one.
+        link: (1,), gets the norm of the slot's gradient (zero without a sink), so that a backward comes here even where
+            nothing else asks for one, and `torch.autograd.grad` has something to say of the rows.
         sink: is given the gradient of the slot, (c, 2, d), once per backward; None: there is none.
         again: gives the slot once more in backward; then it is not kept.
 
@@ -76,12 +77,15 @@ class _SparseRows(torch.autograd.Function):
             rows_grad = slot.new_empty(slot.shape) if ctx.sink is not None else None
             find = _backward_of_all if places is None else _backward_of_own
             of_h, of_gate = find(ctx, h, slot, places, weights, gate, grad, rows_grad)
-        if rows_grad is not None:
-            ctx.sink(rows_grad)
         of_link = None
         if ctx.like_link is not None:
             shape, dtype = ctx.like_link
             of_link = grad.new_zeros(shape, dtype=dtype)
+            if rows_grad is not None:
+                wide = torch.promote_types(rows_grad.dtype, torch.float32)
+                of_link.copy_(torch.linalg.vector_norm(rows_grad, dtype=wide))
+        if rows_grad is not None:
+            ctx.sink(rows_grad)
         of_h = None if of_h is None else of_h.to(ctx.dtype)
         return of_h, None, None, None, of_gate, of_link, None, None
 
