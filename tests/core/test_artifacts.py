@@ -200,6 +200,23 @@ def test_a_failed_write_leaves_the_earlier_save(where, failure, tmp_path, monkey
     tightfit.load(models.build("bert"), tmp_path)
 
 
+@pytest.mark.parametrize(("holder", "name"), [(os, "fsync"), (Path, "chmod")])
+def test_a_disk_that_is_full_at_the_second_file_leaves_the_earlier_save(holder, name, tmp_path, monkeypatch):
+    model, applied = saved(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    train(model, applied.optimizer(lr=1e-2), models.batch(model), 1)
+    works = [getattr(holder, name)]
+
+    def once(*args, **kwargs):
+        return works.pop()(*args, **kwargs) if works else full_disk()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, name, once)
+        with pytest.raises(tightfit.ArtifactError, match="No space left on device"):
+            applied.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     model = models.build("bert")
     applied = tightfit.apply(model, Lora(rank=2))

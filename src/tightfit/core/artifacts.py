@@ -61,7 +61,7 @@ def save(applied: Applied, folder: str | os.PathLike) -> None:
         if not writes:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / RECIPE_FILE) as recipe, replacing(folder / TENSOR_FILE) as data:
+        with replacing_all(folder / RECIPE_FILE, folder / TENSOR_FILE) as (recipe, data):
             _write_tensors(tensors, data)
             document["tensors_sha256"] = file_digest(data)
             recipe.write_text(json.dumps(document, indent=1), encoding="utf-8")
@@ -384,17 +384,29 @@ def explained(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place, synced to disk, when the block succeeds."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with replacing_all(path) as (temporary,):
         yield temporary
-        _sync(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-        _sync(path.parent)
+
+
+@contextlib.contextmanager
+def replacing_all(*paths: Path) -> Iterator[list[Path]]:
+    """The same for files of one folder that belong together: none takes its place before all are on disk."""
+    made: list[Path] = []
+    try:
+        for path in paths:
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            made.append(Path(name))
+            os.close(handle)
+        yield made
+        for temporary in made:
+            _sync(temporary)
+            temporary.chmod(0o666 & ~_umask())
+        for temporary, path in zip(made, paths):
+            temporary.replace(path)
+        _sync(paths[0].parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in made:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
