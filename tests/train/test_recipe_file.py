@@ -56,6 +56,7 @@ def test_resolved_file_reads_back_equal(good, tmp_path):
     assert yaml.safe_load(out.read_text())["train"]["learning_rate"] == 2e-5  # a YAML 1.1 reader agrees
     assert [p.name for p in tmp_path.iterdir()].count("resolved.yaml") == 1
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".resolved")]
+    assert out.stat().st_mode == good.stat().st_mode  # others may read it, as any file
 
 
 def test_a_failed_write_leaves_the_old_file(good, tmp_path, monkeypatch):

@@ -5,11 +5,9 @@ Every complaint is one line: file, line, key, what was given, what is accepted, 
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -205,19 +203,9 @@ def check_optimizer(section: TrainSection) -> None:
 
 def write_recipe_file(recipe_file: RecipeFile, path: str | Path) -> None:
     """Write the file with all defaults filled in (temporary file, fsync, rename)."""
-    path = Path(path)
-    content = recipe_file.model_dump(mode="json", exclude_none=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(dump_yaml(content))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
+    from tightfit.core.artifacts import write_text
+
+    write_text(Path(path), dump_yaml(recipe_file.model_dump(mode="json", exclude_none=True)))
 
 
 def is_local(name: str) -> bool:
