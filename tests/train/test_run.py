@@ -1,5 +1,6 @@
 import json
 import re
+import resource
 import subprocess
 import sys
 import xml.etree.ElementTree as tree
@@ -19,6 +20,7 @@ from tightfit.train.bench import training_step
 from tightfit.train.callbacks import append_line
 from tightfit.train.card import write_report
 from tightfit.train.data import longest_batch
+from tightfit.train.failures import is_no_space
 from tightfit.train.folder import read_metrics, read_run, rewind_metrics
 from tightfit.train.run import build_skeleton, export_run, filled, plan_run, prepare, train
 from tightfit.train.svg import line_plot, ticks
@@ -238,6 +240,20 @@ def test_metrics_file_survives_a_torn_line(tmp_path):
         {"step": 0, "grad_norm": None},
         {"step": 1, "grad_norm": None},
     ]
+
+
+def test_a_line_that_finds_space_for_a_part_of_it_is_an_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_line(path, {"step": 0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, before[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            append_line(path, {"step": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert is_no_space(caught.value)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [0]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

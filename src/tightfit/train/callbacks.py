@@ -177,11 +177,9 @@ class ProgressBar(TrainerCallback):
 
 
 def append_line(path: Path, values: dict[str, Any]) -> None:
-    """Append one line of JSON in a single write and sync it."""
+    """Append one line of JSON and sync it. Raises: OSError where only a part of it finds space."""
     line = json.dumps(finite(values)) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        os.write(descriptor, line.encode("utf-8"))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with path.open("ab") as file:
+        file.write(line.encode("utf-8"))
+        file.flush()
+        os.fsync(file.fileno())
