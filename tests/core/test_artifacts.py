@@ -293,6 +293,14 @@ def test_a_digest_sees_values_shape_and_dtype():
     assert artifacts.tensor_digest(torch.empty(0))
 
 
+@pytest.mark.parametrize("size", [4097, 8191, 12287, 100_000])
+def test_a_digest_reaches_to_the_end_of_a_tensor(size):
+    a = torch.zeros(size)
+    b = a.clone()
+    b[-(size // 8) :] = 1.0
+    assert artifacts.tensor_digest(a) != artifacts.tensor_digest(b)
+
+
 def test_replacing_writes_through_a_temporary_file(tmp_path):
     path = Path(tmp_path) / "x.txt"
     path.write_text("old")

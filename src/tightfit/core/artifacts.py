@@ -283,8 +283,8 @@ def tensor_digest(tensor: torch.Tensor) -> str:
         inner = "".join(map(tensor_digest, parts))
         return hashlib.sha256(f"{tuple(tensor.shape)} {inner}".encode()).hexdigest()[:16]
     flat = tensor.detach().reshape(-1)
-    step = max(1, flat.numel() // _SAMPLE)
-    sample = flat[::step][:_SAMPLE].to("cpu", torch.float32)
+    step = max(1, -(-flat.numel() // _SAMPLE))
+    sample = flat[::step].to("cpu", torch.float32)
     head = f"{tuple(tensor.shape)} {tensor.dtype}".encode()
     return hashlib.sha256(head + sample.numpy().tobytes()).hexdigest()[:16]
 
