@@ -161,6 +161,7 @@ def test_fit_returns_a_value_that_starts_from_its_channels():
     assert value != LadderSide.fit(model, batches, samples=1, reduction=4)
     assert value.init == "fisher"
     assert len(value.channels[0]) == 8
+    assert all(heads == (0, 4, 8, 12) for heads, *_ in value.channels[1:])  # they turn by position
     recipe = tightfit.chain(value)
     assert tightfit.Recipe.from_json(recipe.to_json()) == recipe
     assert hash(tightfit.Recipe.from_json(recipe.to_json())) == hash(recipe)
@@ -168,8 +169,8 @@ def test_fit_returns_a_value_that_starts_from_its_channels():
     assert tuple(model.model.tight_side.channels.tolist()) == value.channels[0]
 
 
-def test_fit_takes_every_example_by_itself():
-    model = models.build("bert", dropout=0.0)
+def test_fit_takes_every_example_by_itself_and_without_dropout():
+    model = models.build("bert", dropout=0.3)
     whole = models.batch(model)
     parts = [{key: value[i : i + 1] for key, value in whole.items()} for i in range(3)]
     assert LadderSide.fit(model, [whole], reduction=4) == LadderSide.fit(model, parts, reduction=4)

@@ -225,3 +225,15 @@ def test_another_number_of_tokens_is_refused():
     model(**models.batch(model, length=9))
     with pytest.raises(ValueError, match=r"made for 9 tokens and got 7.*tokens=7 or token_rank=0"):
         model(**models.batch(model, length=7))
+
+
+def test_register_tokens_are_mixed_with_the_others():
+    config = hf.Dinov2WithRegistersConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8, num_register_tokens=3
+    )
+    model = models._seeded(lambda: hf.Dinov2WithRegistersForImageClassification(config), None)
+    expected = logits(model, images())
+    tightfit.apply(model, Losa())
+    (net,) = side_nets(model)
+    assert net.mixer_0.tokens == 1 + 3 + 4  # the class token, the registers, the patches
+    assert torch.equal(logits(model, images()), expected)
