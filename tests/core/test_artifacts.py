@@ -239,6 +239,25 @@ def test_export_refuses_a_full_folder_and_a_file(tmp_path):
     assert (tmp_path / "empty" / "config.json").is_file()
 
 
+def test_a_folder_behind_a_link_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to("far")
+    with artifacts.replacing_folder(tmp_path / "link") as temporary:
+        (temporary / "file").write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "far" / "file").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["far", "link"]
+
+
+@pytest.mark.parametrize("kind", ["mount point", "current folder"])
+def test_a_folder_that_cannot_be_replaced_is_refused_first(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "is_mount", lambda path: kind == "mount point")
+    refused = pytest.raises(tightfit.ArtifactError, match=rf"{kind}.*give a new folder inside")
+    with refused, artifacts.replacing_folder(Path(".")):
+        raise AssertionError("it was begun")
+    assert not any(tmp_path.iterdir())
+
+
 def test_files_have_the_usual_permissions(tmp_path):
     saved(tmp_path)
     mask = os.umask(0)

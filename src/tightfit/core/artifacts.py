@@ -411,20 +411,27 @@ def replacing_all(*paths: Path) -> Iterator[list[Path]]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block succeeds; an existing one is refused."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    """A temporary folder beside `path` that takes its place when the block succeeds; an existing one is refused.
+
+    An empty one is replaced, behind a link the one that it leads to.
+    """
+    home = path.resolve()
+    if home.exists() and (not home.is_dir() or any(home.iterdir())):
         raise ArtifactError(f"{path}: exists and is not an empty folder; give a new one")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    if home.is_mount() or home == Path.cwd():
+        kind = "a mount point" if home.is_mount() else "the current folder"
+        raise ArtifactError(f"{path}: is {kind}, which cannot be replaced as a whole; give a new folder inside of it")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=home.parent))
     try:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync(file)
         temporary.chmod(0o777 & ~_umask())
-        if path.exists():
-            path.rmdir()
-        temporary.replace(path)
-        _sync(path.parent)
+        if home.exists():
+            home.rmdir()
+        temporary.replace(home)
+        _sync(home.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
