@@ -68,7 +68,7 @@ def reshape_tensor(folder):
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / TENSORS)
-    tensors[sorted(tensors)[0]] = torch.ones(1)
+    tensors[sorted(tensors)[0]] = torch.ones(1, 1)
     save_file(tensors, folder / TENSORS)
     resign(folder)
 
@@ -90,7 +90,7 @@ def reshape_tensor(folder):
         (truncate, r"SHA-256 \w{16}... does not match \w{16}... in recipe.json"),
         (corrupt_header, r"tightfit.safetensors: cannot be read"),
         (drop_tensor, r"tensors do not fit the recipe: bert.encoder"),
-        (reshape_tensor, r"bert.encoder.* is float32 \[1\], the recipe gives float32 \[2, 32\]"),
+        (reshape_tensor, r"bert.encoder.* is float32 \[1, 1\], the recipe gives float32 \[2, 32\]"),
         (lambda f: edit(f, lambda d: d.update(methods=[{"Lora": {"rank": 10**10}}])), r"10000000000, 32\] in this one"),
         (lambda f: edit(f, lambda d: d.update(tensors_sha256=7)), r"tensors_sha256 is 7, expected a text"),
         (lambda f: edit(f, lambda d: d["base"].update(tensors=[])), r"base.tensors is \[\], expected names with texts"),

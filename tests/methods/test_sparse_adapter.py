@@ -267,6 +267,12 @@ def test_two_forwards_of_one_shape_before_their_backward_are_told_apart_under_ch
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+def test_an_encoder_does_not_look_ahead_into_the_decoder():
+    layers = applied("t5", lookahead=1)[2].layers
+    assert [layer.first for layer in layers] == [True, False, True, False]
+    assert [layer.later for layer in layers] == [(layers[1],), (), (layers[3],), ()]
+
+
 def test_looking_ahead_chooses_other_rows_but_computes_with_them_as_ever():
     model, _, part = applied("llama", lookahead=1, **WIDE)
     exact, _, plain = applied("llama", **WIDE)

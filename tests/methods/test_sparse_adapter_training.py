@@ -257,6 +257,40 @@ def test_a_state_dict_resumes_to_the_same_bits(tmp_path, fields):
         torch.testing.assert_close(torch.from_numpy(layer.bank.router), means, rtol=1e-5, atol=1e-7)
 
 
+def test_a_state_dict_from_before_the_first_step_brings_the_optimizers_state_back_to_nothing():
+    model, found, part = applied("llama", width=400, top_k=2)
+    begin = copy.deepcopy(model.state_dict())
+    steps(model, found, found.optimizer(lr=0.01), [0])
+    after = state(part)
+    steps(model, found, found.optimizer(lr=0.01), [1])
+    model.load_state_dict(begin)
+    steps(model, found, found.optimizer(lr=0.01), [0])
+    assert same(state(part), after)
+
+
+def test_a_copy_made_between_backward_and_step_does_not_add_to_those_gradients():
+    model, found, _ = applied("llama")
+    token_sum(model, models.batch(model, seed=1)).backward()
+    twin = copy.deepcopy(model)
+    found.optimizer().zero_grad()
+    for each in (model, twin):
+        token_sum(each, models.batch(each, seed=2)).backward()
+    grads = [[layer.bank.tensor("grad") for layer in m.modules() if hasattr(layer, "bank")] for m in (model, twin)]
+    assert len(grads[0]) == 2 and same(*grads)
+
+
+def test_a_reentrant_checkpoint_after_a_step_takes_no_rows_from_before_it():
+    states = []
+    for checkpoints in (False, True):
+        model, found, part = applied("llama")
+        model.enable_input_require_grads()
+        if checkpoints:
+            model.activation_checkpointing_enable({"use_reentrant": True})
+        steps(model, found, found.optimizer(lr=0.3), [0, 0, 0])
+        states.append(state(part))
+    assert same(*states)
+
+
 def test_the_saved_file_holds_rows_and_router_and_no_optimizer_state(tmp_path):
     from safetensors import safe_open
 

@@ -296,6 +296,16 @@ def test_training_keeps_the_memory_between_steps():
 SMALL = {"tokens": 2, "memory": 3, "segment": 3, "layers": 1, "mlp": 16}
 
 
+@pytest.mark.parametrize("pool", ["mean", "last"])
+def test_sets_of_padding_count_for_nothing_wherever_they_are(pool):
+    head = calls.StreamHead(stream(), 5, 3, pool).double()
+    hidden, real = inputs(4).flatten(1, 2), torch.ones(2, 20, dtype=torch.bool)
+    real[0, :5] = False
+    real[1, 10:] = False
+    wanted = [head(hidden[:1, 5:], real[:1, 5:]), head(hidden[1:, :10], real[1:, :10])]
+    torch.testing.assert_close(head(hidden, real), torch.cat(wanted), **EXACT)
+
+
 @pytest.mark.parametrize("family", ["bert", "vit"])
 @pytest.mark.parametrize("pool", ["mean", "last"])
 def test_the_head_reads_the_encoders_tokens(family, pool):
