@@ -111,6 +111,19 @@ def test_the_published_form_gives_the_side_stream_alone():
     assert (logits(model, images()) - stock).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("published", [False, True])
+def test_what_the_mixers_begin_with(published):
+    """Drawn, biases aside; what comes out of a mixer is zero unless the start is the published one."""
+    model = image_model()
+    tightfit.apply(model, Losa(published=published))
+    for index in range(3):
+        mixer = getattr(side_nets(model)[0], f"mixer_{index}")
+        drawn = [mixer.channels.down, mixer.over_tokens.down, mixer.over_tokens.up]
+        for layer in [*drawn, mixer.channels.up] if published else drawn:
+            assert 0.01 < layer.weight.std() < 0.03 and not layer.bias.any()
+        assert published or not mixer.channels.up.weight.any()
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
