@@ -240,6 +240,27 @@ def test_a_full_disk(recipe, tmp_path):
         subprocess.run(["umount", small], check=True)
 
 
+def test_a_command_that_is_terminated_clears_away_what_it_began(tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from tightfit.cli import commands\n"
+        "from tightfit.cli.app import main\n"
+        "from tightfit.core.artifacts import replacing_folder\n"
+        "def begun(run, out, **options):\n"
+        "    with replacing_folder(Path(out)) as folder:\n"
+        "        (folder / 'part').write_text('half')\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        (folder / 'rest').write_text('whole')\n"
+        "commands.run_export = begun\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", code, "export", str(tmp_path), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 143 and done.stderr == "terminated\n", done
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_heavy_import_before_a_command_runs():
     code = "import sys, tightfit.cli.app; print([m for m in ('transformers', 'datasets', 'peft') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

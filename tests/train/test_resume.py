@@ -17,11 +17,11 @@ from transformers import BertConfig, BertForSequenceClassification
 from transformers.trainer_callback import TrainerState
 
 import tightfit
-from tightfit.core.errors import ArtifactError, RecipeError, TrainingError
+from tightfit.core.errors import ArtifactError, RecipeError, Terminated, TrainingError
 from tightfit.train import callbacks, checkpoints, run, trainer
 from tightfit.train.folder import held, read_metrics, read_run
 from tightfit.train.run import prepare, train
-from tightfit.train.stopping import StopRequest, Terminated
+from tightfit.train.stopping import StopRequest
 
 pytestmark = pytest.mark.usefixtures("the_weights")
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -23,7 +27,8 @@ class Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with raised_on_sigterm():
+                return super().invoke(ctx)
         except KeyboardInterrupt as error:
             code = getattr(error, "exit_code", INTERRUPTED)
             print("interrupted" if code == INTERRUPTED else "terminated", file=sys.stderr)
@@ -38,6 +43,25 @@ class Group(TyperGroup):
                 traceback.print_exc()
             print(f"tightfit: {one_line(error)}", file=sys.stderr)
             raise typer.Exit(code) from None
+
+
+@contextlib.contextmanager
+def raised_on_sigterm() -> Iterator[None]:
+    """SIGTERM is raised as `Terminated`, so that what was begun is cleared away, where nobody else takes care of it."""
+    from tightfit.core.errors import Terminated
+
+    def terminate(number: int, frame: Any) -> None:
+        raise Terminated
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def exit_code(error: Exception) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 _LONGEST = 1500
 
 
@@ -13,6 +15,12 @@ class TightfitError(Exception):
         text = super().__str__().encode("utf-8", "backslashreplace").decode()
         half = _LONGEST // 2
         return text if len(text) <= _LONGEST else f"{text[:half]} [...] {text[-half:]}"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: as Ctrl-C, but the process ends with 143, as one that did not catch the signal."""
+
+    exit_code = 128 + signal.SIGTERM
 
 
 class ConflictError(TightfitError, ValueError):

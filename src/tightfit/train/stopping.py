@@ -12,15 +12,10 @@ from typing import Any
 import torch
 
 from tightfit.core import processes
+from tightfit.core.errors import Terminated
 
 ONE_PRESS_SECONDS = 1.0
 """Under a launcher one Ctrl-C arrives twice, from the terminal and from the launcher."""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: as Ctrl-C, but the process ends with 143, as one that did not catch the signal."""
-
-    exit_code = 128 + signal.SIGTERM
 
 
 class StopRequest:
