@@ -1,5 +1,6 @@
 """`tightfit plan`: fits or recommends, writes what it recommends, reaches, verifies; wrong input is one line."""
 
+import functools
 import json
 import sys
 
@@ -203,7 +204,9 @@ def test_wrong_input(made, recipe, arguments, words, tmp_path, monkeypatch):
 
 
 def test_conflicts_come_before_any_simulation(recipe, monkeypatch):
-    monkeypatch.setattr("tightfit.core.simulate.simulate", lambda *a, **k: 1 / 0)
+    from tightfit.core import simulate as module
+
+    monkeypatch.setattr(module, "simulate", functools.wraps(module.simulate)(lambda *a, **k: 1 / 0))
     assert "cannot be applied" in refused("plan", recipe, "methods=[Lora, Lora]", "--budget", "1GiB")
 
 
