@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
-from pathlib import Path
 from typing import Any
 
 import record
@@ -62,8 +60,7 @@ def stepper(model: str, methods: list[dict[str, Any]]):
 
 def run() -> list[dict[str, Any]]:
     """One row per model and recipe; resumes."""
-    path = Path(record.RESULTS) / f"{NAME}.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = record.rows(NAME)
     done = {(row["model"], row["recipe"]) for row in rows}
     for model, name in itertools.product(MODELS, RECIPES):
         if (model, name) not in done:

@@ -115,8 +115,7 @@ class Kept:
         """One of them; new memory where there is a codec."""
         if self.codec is None:
             return saved[number]
-        each = len(saved) // len(self.likes)
-        return self._decode(saved[number * each :][:each], *self.likes[number])
+        return self._decode(self._code(saved, number), *self.likes[number])
 
     @property
     def alike(self) -> bool:
@@ -139,10 +138,13 @@ class Kept:
         if heads_inside:
             call(*(value.reshape(-1, shape[-1]) for value in self.again(saved)), *flat)
             return
-        each = len(saved) // len(self.likes)
-        codes = [saved[start:][:each] for start in range(0, len(saved), each)]
+        codes = [self._code(saved, number) for number in range(len(self.likes))]
         for rows in self.codec.row_blocks(shape):
             call(*(self.codec.decode_rows(code, rows, shape, dtype) for code in codes), *(t[rows] for t in flat))
+
+    def _code(self, saved: Sequence[Tensor], number: int) -> Sequence[Tensor]:
+        each = len(saved) // len(self.likes)
+        return saved[number * each :][:each]
 
     def _decode(self, packed: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype, heads_inside: bool) -> Tensor:
         assert self.codec is not None

@@ -47,14 +47,15 @@ class Rebuild:
 
     def __call__(self, kept: Sequence[Tensor], grad: Tensor | None = None) -> Tensor:
         """The value. `grad` is the gradient that the caller sends to it, for operators that can use it here."""
-        value = self._value if self._value is not None else self.make(kept, grad)
         self._users -= 1
-        self._value = value if self._users > 0 else None
-        return value
+        return self._shared(kept, grad)
 
     def ahead(self, kept: Sequence[Tensor]) -> Tensor:
         """The value for somebody else, before its users ask; held for them."""
-        value = self._value if self._value is not None else self.make(kept, None)
+        return self._shared(kept, None)
+
+    def _shared(self, kept: Sequence[Tensor], grad: Tensor | None) -> Tensor:
+        value = self._value if self._value is not None else self.make(kept, grad)
         self._value = value if self._users > 0 else None
         return value
 
