@@ -12,7 +12,7 @@ from typing import Any
 import record
 import torch
 from recipes import ATTENTION, CHECKPOINTING, FUSED, LORA
-from turns import forward_backward, measured, process
+from turns import forward_backward, measured_in_pairs
 
 NAME = "reversible"
 QUICK = False
@@ -29,18 +29,26 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "Lora + FusedOps + Reversible": [*LORA, *FUSED, *REVERSIBLE],
     "Lora + FusedOps + Mesa + Reversible": [*LORA, *FUSED, *ATTENTION, *REVERSIBLE],
 }
-TIMED: dict[str, str] = {
-    "Reversible": "Checkpointing",
-    "Lora + Reversible": "Lora + Checkpointing",
-    "Lora + FusedOps + Reversible": "Lora + FusedOps + Checkpointing",
-}
+TIMED = (
+    ("Reversible", "Checkpointing"),
+    ("Lora + Reversible", "Lora + Checkpointing"),
+    ("Lora + FusedOps + Reversible", "Lora + FusedOps + Checkpointing"),
+    ("Lora + FusedOps + Reversible", "Lora + Checkpointing"),
+)
 LLAMA: dict[str, Any] = {
     "hidden_size": 512,
     "intermediate_size": 1376,
     "num_attention_heads": 8,
     "vocab_size": 1000,
 }
-SETTINGS: dict[str, Any] = {"llama": LLAMA, "blocks": (8, 32), "timed_blocks": 6, "batch": (4, 256), "rounds": 7}
+SETTINGS: dict[str, Any] = {
+    "llama": LLAMA,
+    "blocks": (8, 32),
+    "timed_blocks": 6,
+    "batch": (4, 256),
+    "pairs": 3,
+    "rounds": 7,
+}
 
 
 def build(settings: dict[str, Any], blocks: int, weights: bool):
@@ -96,10 +104,10 @@ def run(settings: dict[str, Any] = SETTINGS, name: str = NAME) -> list[dict[str,
             rows.append(row)
             print(row, flush=True)
             record.write(name, config, rows)
-    for recipe, against in TIMED.items():
+    for recipe, against in TIMED:
         pair = [functools.partial(stepper, settings, RECIPES[r], settings["timed_blocks"]) for r in (against, recipe)]
-        with process(pair[0]) as base, process(pair[1]) as other:
-            row = {"against": against, "recipe": recipe, **measured(base, other, settings["rounds"])}
+        times = measured_in_pairs(*pair, settings["pairs"], settings["rounds"])
+        row = {"against": against, "recipe": recipe, **times}
         rows.append(row)
         print(row, flush=True)
         record.write(name, config, rows)

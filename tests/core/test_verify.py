@@ -42,6 +42,13 @@ def test_every_phase_is_as_predicted(make, recipe, options):
     assert found.to_dict()["phases"] == found.measured.phases
 
 
+@pytest.mark.parametrize("make", [models.bert, models.gpt2, models.t5])
+def test_the_example_holds_ids_that_the_recipe_can_read(make):
+    model = make()
+    recipe = tightfit.PartialEmbedding(ids=[i for i in models.kept_ids(model) if i < 4 or i % 3])
+    assert abs(tightfit.plan(model, recipe, batch=(2, 16)).verify().peak_error) < 5e-3
+
+
 def test_it_agrees_with_measure():
     model, batch = models.bert(), models.batch(models.bert(), size=4, length=16)
     step = run_step(model, tightfit.chain(), batch)

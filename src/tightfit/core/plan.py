@@ -284,11 +284,7 @@ class Draft:
         )
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        from tightfit.core.simulate import example_batch
-
-        if isinstance(batch, Mapping):
-            return dict(batch)
-        return example_batch(self.model, *batch, long_rows=self.recipe.long_rows)
+        return dict(batch) if isinstance(batch, Mapping) else self.recipe.example(self.model, *batch)
 
     def _host_bytes(self) -> int:
         assert self.applied is not None

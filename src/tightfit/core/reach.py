@@ -14,7 +14,7 @@ from tightfit.core.errors import BudgetError, ConflictError, UnsupportedModelErr
 from tightfit.core.fitting import need
 from tightfit.core.plan import Draft, Plan, check_options, mib
 from tightfit.core.recipe import Recipe, as_recipe
-from tightfit.core.simulate.batches import example_batch, task_of
+from tightfit.core.simulate.batches import task_of
 from tightfit.core.transform import Transform
 
 MOST = 1 << 16
@@ -133,9 +133,7 @@ def _batch(draft: Draft, size: tuple[int, int], padded: bool, target_length: int
     if padded and target_length is None:
         return size
     check_batch(draft.model, size, long_rows=draft.recipe.long_rows)
-    return example_batch(
-        draft.model, *size, padded=padded, long_rows=draft.recipe.long_rows, target_length=target_length
-    )
+    return draft.recipe.example(draft.model, *size, padded=padded, target_length=target_length)
 
 
 def _largest(

@@ -6,12 +6,15 @@ import dataclasses
 import importlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tightfit.core.documents import ShallowLoader, check_document, parse_json
 from tightfit.core.errors import RecipeError
 from tightfit.core.fields import near
 from tightfit.core.transform import Transform
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = 1
 
@@ -46,6 +49,19 @@ class Recipe:
     def long_rows(self) -> bool:
         """Whether rows may be longer than the model has positions."""
         return any(t.long_rows for t in self.transforms)
+
+    def example(self, model: torch.nn.Module, batch_size: int, length: int, **form: Any) -> dict[str, torch.Tensor]:
+        """A batch of these sizes that the model takes under the recipe; `form` is `simulate.example_batch`'s.
+
+        Raises:
+            SimulationError: no such batch is known.
+        """
+        from tightfit.core.simulate.batches import example_batch
+
+        limits = [ids for t in self.transforms if (ids := t.readable_ids()) is not None]
+        return example_batch(
+            model, batch_size, length, long_rows=self.long_rows, tokens=limits[0] if limits else None, **form
+        )
 
     def to_list(self) -> list[dict[str, Any]]:
         """The recipe as the `methods:` list of a recipe file."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -89,6 +89,10 @@ class Transform:
     def is_exact(self) -> bool:
         """Whether this very value keeps the gradients exact; a field may give up what the class promises."""
         return self.exact
+
+    def readable_ids(self) -> Sequence[int] | None:
+        """The token ids that a row may hold, or None where it may hold any of the vocabulary."""
+        return None
 
     def unfilled(self) -> str | None:
         """What must still be filled in before the value can be applied, or None when it is complete."""

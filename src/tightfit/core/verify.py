@@ -270,8 +270,6 @@ def _levels_cuda(step: Callable[[Phase], None]) -> dict[str, list[int]]:
 
 def verify(found: Plan, model: nn.Module | None = None, *, in_place: bool = False) -> Verification:
     """Run what a plan predicts; see `Plan.verify`."""
-    from tightfit.core.simulate import example_batch
-
     if found.conflicts:
         raise ConflictError("; ".join(str(conflict) for conflict in found.conflicts))
     source = found.source
@@ -284,7 +282,7 @@ def verify(found: Plan, model: nn.Module | None = None, *, in_place: bool = Fals
         raise StateError(f"verify: the plan is for a {found.model}, the given model is a {type(model).__name__}")
     batch: Any = source.batch
     if not isinstance(batch, Mapping):
-        batch = example_batch(model, *batch, long_rows=found.recipe.long_rows)
+        batch = found.recipe.example(model, *batch)
     options = {key: value for key, value in source.options.items() if key not in ("extrapolate", "train")}
     step = run_step(model, found.recipe, batch, optimizer=source.optimizer, in_place=in_place, **options)
     return Verification(found, step)

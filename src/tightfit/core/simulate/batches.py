@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def example_batch(
     padded: bool = True,
     long_rows: bool = False,
     target_length: int | None = None,
+    tokens: Sequence[int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """A batch with labels that fits the model's task; on the CPU, a few kilobytes but for images.
 
@@ -53,6 +55,7 @@ def example_batch(
             gives full rows with an all-ones mask.
         long_rows: they may be longer than the model has positions.
         target_length: tokens per target of an encoder-decoder that has them; default: as many.
+        tokens: the ids that rows may hold; None: all of the vocabulary.
 
     Raises:
         SimulationError: sizes below 1, a target length for a model without targets, a length above the model's
@@ -85,7 +88,7 @@ def example_batch(
     if not long_rows:
         _check_length(config, length)
     rows = (batch_size, length)
-    ids, mask = _tokens(config, rows), torch.ones(rows, dtype=torch.long)
+    ids, mask = _tokens(config, rows, tokens), torch.ones(rows, dtype=torch.long)
     short = length - max(1, length // 4) if padded and length > 1 else length
     mask[-1, short:] = 0
     pad = getattr(config, "pad_token_id", None)
@@ -108,7 +111,7 @@ def example_batch(
         out = {key: value[:, None].expand(-1, 2, -1).contiguous() for key, value in out.items()}
         out["labels"] = torch.zeros(batch_size, dtype=torch.long)
     elif target_length is not None:
-        out["labels"] = _tokens(config, (batch_size, target_length))
+        out["labels"] = _tokens(config, (batch_size, target_length), tokens)
     else:
         out["labels"] = ids.masked_fill(mask == 0, -100)
     return out
@@ -130,12 +133,15 @@ def _vocabulary(config) -> Any:
     return getattr(config, "vocab_size", None) or getattr(config.get_text_config(), "vocab_size", None)
 
 
-def _tokens(config, rows: tuple[int, int]) -> torch.Tensor:
-    """Ids that are no special tokens of the usual vocabularies, where the vocabulary is large enough."""
-    vocabulary = _vocabulary(config)
-    first = min(10, vocabulary - 1)
-    count = rows[0] * rows[1]
-    return (first + torch.arange(count) % max(1, min(vocabulary - first, 1000))).view(rows)
+_USUALLY_SPECIAL = 10
+_DIFFERENT = 1000
+
+
+def _tokens(config, rows: tuple[int, int], among: Sequence[int] | None) -> torch.Tensor:
+    """Ids that are no special tokens of the usual vocabularies, where there are enough others."""
+    every = range(_vocabulary(config)) if among is None else among
+    plain = [i for i in every[: _USUALLY_SPECIAL + _DIFFERENT] if i >= _USUALLY_SPECIAL] or every[-1:]
+    return torch.tensor(plain)[torch.arange(rows[0] * rows[1]) % len(plain)].view(rows)
 
 
 def _labels(config, shape: tuple[int, ...]) -> torch.Tensor:

@@ -97,6 +97,9 @@ class PartialEmbedding(Transform):
     def is_exact(self) -> bool:
         return self.head in ("auto", "full")
 
+    def readable_ids(self) -> tuple[int, ...] | None:
+        return self.ids if self.unknown == "error" else None
+
     def unfilled(self) -> str | None:
         if self.ids is None:
             return (
