@@ -18,6 +18,7 @@ from transformers.trainer_callback import TrainerState
 
 import tightfit
 from tightfit.core.errors import ArtifactError, RecipeError, Terminated, TrainingError
+from tightfit import load
 from tightfit.train import callbacks, checkpoints, run, trainer
 from tightfit.train.folder import held, read_metrics, read_run
 from tightfit.train.run import prepare, train
@@ -353,6 +354,25 @@ def test_one_run_at_a_time_in_a_folder(folder, tmp_path, monkeypatch):
     with pytest.raises(RecipeError, match="exists and is not empty"):
         train(file)
     assert [path.name for path in file.output.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_run_that_went_on_meanwhile_is_not_taken_back(folder, tmp_path, monkeypatch):
+    file = recipe_file(folder, [], tmp_path / "run", max_steps=3, save_every=1)
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 2)
+        with pytest.raises(Killed):
+            train(file)
+    saved = file.output / "checkpoints"
+    (first,) = saved.iterdir()
+
+    def while_another_goes_on(*args):
+        shutil.copytree(first, saved / "checkpoint-2")
+        return load(*args)
+
+    monkeypatch.setattr(run, "load", while_another_goes_on)
+    with pytest.raises(RecipeError, match="another run was at work in .*, by --resume once more"):
+        train(file, resume=True)
+    assert (saved / "checkpoint-2").is_dir()
 
 
 @pytest.mark.parametrize("left", [["run.json"], ["run.json", ".recipe.yaml.abc"], [".run.json.abc"]])

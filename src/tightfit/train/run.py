@@ -211,6 +211,11 @@ def train(
         applied = load(model, last)
     stop = StopRequest()
     with folder.held(file, resume):
+        if resume and not processes.rank() and _newest(file) != last:
+            raise RecipeError(
+                f"output: another run was at work in {file.output} while this one got ready; go on from what it left, "
+                f"by --resume once more"
+            )
         try:
             _in_turn(lambda: folder.prepare(file, prepared.data, str(applied.recipe)))
             result = _run(file, prepared, applied, last, predicted, stop, echo)
