@@ -17,8 +17,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from transformers.trainer_callback import TrainerState
 
 import tightfit
-from tightfit.core.errors import ArtifactError, RecipeError, Terminated, TrainingError
 from tightfit import load
+from tightfit.core.errors import ArtifactError, RecipeError, Terminated, TrainingError
 from tightfit.train import callbacks, checkpoints, run, trainer
 from tightfit.train.folder import held, read_metrics, read_run
 from tightfit.train.run import prepare, train
@@ -370,7 +370,7 @@ def test_a_run_that_went_on_meanwhile_is_not_taken_back(folder, tmp_path, monkey
         return load(*args)
 
     monkeypatch.setattr(run, "load", while_another_goes_on)
-    with pytest.raises(RecipeError, match="another run was at work in .*, by --resume once more"):
+    with pytest.raises(RecipeError, match=r"another run was at work in .*, by --resume once more"):
         train(file, resume=True)
     assert (saved / "checkpoint-2").is_dir()
 
