@@ -80,6 +80,10 @@ class Replay:
         if not draws and not (real and any(_moved(kind, state) for kind, state in self.random.items())):
             self.random = {}
 
+    def go_on(self) -> None:
+        """The next run begins with the random state that is there now."""
+        self.random = {kind: random_state(kind) for kind in self.random}
+
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """The same states for one run; what they were outside is put back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -22,7 +23,7 @@ from tightfit.methods.reversible.guard import headroom, refuse_inexact
 from tightfit.methods.reversible.names import LAGGED, PARALLEL, TRAINED
 from tightfit.methods.reversible.probe import Findings, UntriedError, probe
 from tightfit.methods.reversible.runner import BITS, LARGEST_K, Coupling, Plan, Runner
-from tightfit.methods.reversible.seam import check_cut, seam_edits
+from tightfit.methods.reversible.seam import check_cut, layers_of, seam_edits
 from tightfit.methods.reversible.streams import Half
 from tightfit.ops.fixed_point import finest
 
@@ -61,6 +62,9 @@ class Reversible(Transform):
             lagging), "concat" (a trained map).
         anneal: the last share of the training in which the factor goes to 0, so that a plain model comes out.
         anchors: not exact only: keep both streams every so many blocks.
+        tiles: behind a block's attention its tokens go on in so many parts, one after the other also in backward, each
+            of 256 or more; where that cannot be (attention and MLP side by side, a mixture of experts, few tokens, or
+            more parameters training in a block than its states have numbers) they go together.
         bits: of integers behind the point; None: from the largest state on an example batch, when applied.
         allow_inexact: not exact only: warn instead of refusing.
         strict: refuse blocks that do not repeat bit by bit; False: these keep their streams, with a warning.
@@ -94,6 +98,7 @@ class Reversible(Transform):
     merge: str = "state"
     anneal: float = 0.0
     anchors: int | None = None
+    tiles: int = 4
     bits: int | None = None
     allow_inexact: bool = False
     strict: bool = False
@@ -117,6 +122,7 @@ class Reversible(Transform):
         check_float(self, "adapter_dropout", 0, 1, open_high=True)
         check_float(self, "anneal", 0, 1)
         check_int(self, "anchors", 1, optional=True)
+        check_int(self, "tiles", 1)
         check_int(self, "bits", 0, 28, optional=True)
         _check_span_field(self)
         self._check_together()
@@ -174,14 +180,16 @@ class Reversible(Transform):
             allow_inexact=self.allow_inexact,
             anneal=self.anneal,
             debug=self.debug,
+            tiles=self.tiles,
             bits=BITS if self.bits is None else self.bits,
         )
         if not self.exact:
             deepest = self.anchors or max(map(len, spans))
             refuse_inexact(plan.halves, post_norm, deepest, _dtype(model), self.allow_inexact, warn=_is_real(model))
         needs_mlp = self.adapter_dim is not None or self.variant == "meft3" or self.merge == "concat"
-        mlps = [(name, mlp_of(model, name)) for name in names] if needs_mlp else []
-        self._look(model, plan, spans, mlps, post_norm)
+        mlps = {name: mlp_of(model, name) for name in names} if needs_mlp else {}
+        cut = mlps if self.variant == "meft3" else self._tileable(model, names, post_norm)
+        self._look(model, plan, spans, cut, post_norm)
         yield from self._new_parameters(model, mlps, spans)
         part = Coupling(plan, len(names))
         for span in spans:
@@ -189,9 +197,18 @@ class Reversible(Transform):
             yield StackEdit(blocks=span, runner=functools.partial(Runner, plan, span), part=part, note=note)
         if self.adapter_dim is not None:
             yield from parallel_edits(mlps)
-        if self.variant == "meft3":
-            yield from seam_edits(mlps, post_norm)
+        yield from seam_edits(cut, post_norm)
         yield LeavingEdit(coupling=part)
+
+    def _tileable(self, model: nn.Module, names: list[str], post_norm: bool) -> dict[str, Mlp]:
+        """The blocks that seem to be an attention and an MLP behind it."""
+        found = {}
+        for name in names if self.tiles > 1 else ():
+            with contextlib.suppress(UnsupportedModelError):
+                mlp = mlp_of(model, name)
+                layers_of(model, name, mlp, post_norm)
+                found[name] = mlp
+        return found
 
     def _halves(self) -> tuple[Half, ...]:
         small = 2.0**-self.k if self.exact or self.variant == "two_step" else PUBLISHED
@@ -229,16 +246,17 @@ class Reversible(Transform):
             )
         return spans
 
-    def _look(self, model: nn.Module, plan: Plan, spans, mlps: list[tuple[str, Mlp]], post_norm: bool) -> None:
-        """Run the model once, where it has weights, and settle what depends on them."""
+    def _look(self, model: nn.Module, plan: Plan, spans, cut: dict[str, Mlp], post_norm: bool) -> None:
+        """Run the model once, where it has weights, and settle what depends on them; `cut` loses what has no halves."""
         if not _is_real(model):
             return
-        check = check_cut(model, mlps, post_norm) if self.variant == "meft3" else None
+        check = check_cut(model, cut, post_norm, drop=self.variant != "meft3")
         try:
             findings = probe(model, spans, check)
         except UntriedError:
             if self.variant == "meft3" or (self.exact and self.bits is None):
                 raise
+            cut.clear()
             return
         if not self.exact:
             return
@@ -268,11 +286,11 @@ class Reversible(Transform):
         warnings.warn(f"Reversible: {problem}, so these blocks keep both streams", UserWarning, stacklevel=2)
         plan.kept = frozenset(findings.unstable)
 
-    def _new_parameters(self, model: nn.Module, mlps: list[tuple[str, Mlp]], spans) -> Iterator[Edit]:
+    def _new_parameters(self, model: nn.Module, mlps: dict[str, Mlp], spans) -> Iterator[Edit]:
         if self.adapter_dim is not None:
             frozen = tuple(self.freezes(model))
             yield TrainableEdit(parameters=frozen, trainable=False)
-            for name, mlp in mlps:
+            for name, mlp in mlps.items():
                 make = maker(mlp.width, self.adapter_dim, self.adapter_dropout, self.zero_up)
                 note = f"width {self.adapter_dim}"
                 yield ChildEdit(module=name, child=PARALLEL, make=make, trained=TRAINED, note=note)
@@ -280,9 +298,8 @@ class Reversible(Transform):
                 if self.variant != "two_step" and not unread:
                     yield ChildEdit(module=name, child=LAGGED, make=make, trained=TRAINED, note=note)
         if self.merge == "concat":
-            widths = dict(mlps)
             for span in spans:
-                yield merge_edit(span[-1], widths[span[-1]].width)
+                yield merge_edit(span[-1], mlps[span[-1]].width)
 
 
 def _check_span_field(value: Reversible) -> None:

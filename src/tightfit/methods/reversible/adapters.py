@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -133,14 +133,14 @@ def _like(block: nn.Module) -> Tensor:
     return floating[0] if floating else next(block.parameters())
 
 
-def parallel_edits(places: Sequence[tuple[str, Mlp]]) -> Iterator[Edit]:
+def parallel_edits(places: Mapping[str, Mlp]) -> Iterator[Edit]:
     """Edits that put adapters beside the MLPs of blocks; the adapters themselves are there already."""
     holds: dict[str, Beside] = {}
 
     def find(layer: Callable[[Mlp], str]):
         def found(model: nn.Module):
             out = []
-            for name, mlp in places:
+            for name, mlp in places.items():
                 if name not in holds:
                     holds[name] = Beside(getattr(model.get_submodule(name), PARALLEL))
                 out.append((hfmodel.stock_module(model, f"{name}.{layer(mlp)}"), {"beside": holds[name]}))

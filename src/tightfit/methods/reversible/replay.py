@@ -47,15 +47,19 @@ class Part:
         tensors, self.tensors = self.tensors, []
         return tensors
 
+    def arguments(self, tensors: Sequence[Tensor]) -> Any:
+        """(arguments, keyword arguments) of the call, with these tensors."""
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.places, tensors):
+            leaves[place] = tensor
+        return tree_unflatten(leaves, self.spec)
+
     def __call__(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Any]:
         """The first of the function's outputs; then the others (None: it gives one tensor) with what it notes, if any.
 
         A gradient may come from what is noted too (a router's balance loss), so it leaves the part as outputs do.
         """
-        leaves = list(self.leaves)
-        for place, tensor in zip(self.places, tensors):
-            leaves[place] = tensor
-        args, kwargs = tree_unflatten(leaves, self.spec)
+        args, kwargs = self.arguments(tensors)
         with notes_apart(self.notes) as noted:
             out = self.function(x, *args, **kwargs)
         first, rest = first_tensor(out, "Reversible"), None if torch.is_tensor(out) else tuple(out[1:])

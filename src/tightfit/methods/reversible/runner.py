@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tightfit.core.edits import Part, StackRunner
+from tightfit.core.recording import noted_kinds
 from tightfit.core.stack import block_of
 from tightfit.methods.reversible import replay
 from tightfit.methods.reversible.guard import check_span
 from tightfit.methods.reversible.names import LAGGED, MERGE
-from tightfit.methods.reversible.seam import seam_of
+from tightfit.methods.reversible.seam import Seam, cut_of
 from tightfit.methods.reversible.streams import Fixed, Floating, Half
 from tightfit.methods.reversible.tape import Tape
+from tightfit.methods.reversible.tiles import Tiled, tile_count
 from tightfit.ops.replay import drops
 
 LARGEST_K = 12
@@ -37,6 +39,7 @@ class Plan:
         kept: names of the blocks that keep the streams because they cannot be repeated bit by bit.
         post_norm, allow_inexact: for the guard of floating point.
         anneal: last share of the training in which the factor goes to 0.
+        tiles: into how many parts the tokens go behind a block's attention, at most.
         progress: share of the training that is over.
     """
 
@@ -48,6 +51,7 @@ class Plan:
     allow_inexact: bool
     anneal: float
     debug: bool
+    tiles: int = 1
     bits: int = BITS
     kept: frozenset[str] = frozenset()
     progress: float = 0.0
@@ -159,7 +163,7 @@ class Runner(StackRunner):
         keep = name in self.plan.kept or (not self.plan.exact and self._is_anchor(index))
         rest = None
         for number, half in enumerate(halves):
-            part = _part(half, block, forward, args, kwargs)
+            part = _part(half, block, forward, args, kwargs, self.plan.tiles, hidden)
             final = last and number == len(halves) - 1
             found = tape.run(half, part, name, draws=draws, last=final, keep=keep and number == 0)
             rest = found if found is not None else rest
@@ -185,12 +189,14 @@ class Runner(StackRunner):
         return state
 
 
-def _part(half: Half, block: nn.Module, forward, args: tuple, kwargs: dict) -> replay.Part:
+def _part(
+    half: Half, block: nn.Module, forward, args: tuple, kwargs: dict, tiles: int, hidden: torch.Tensor
+) -> replay.Part:
     if half.part == "lagged":
         adapter: Any = getattr(block, LAGGED)
         return replay.Part(adapter, adapter, parameters=_trained(adapter))
     if half.part in ("attention", "mlp"):
-        turn, seam = (1 if half.part == "attention" else 2), seam_of(block)
+        turn, seam = (1 if half.part == "attention" else 2), cast(Seam, cut_of(block))
 
         def function(x, *args, **kwargs):
             out = seam.run(turn, forward, x, args, kwargs)
@@ -200,6 +206,9 @@ def _part(half: Half, block: nn.Module, forward, args: tuple, kwargs: dict) -> r
         return replay.Part(function, block, args, kwargs, parameters=_trained(block))
     apart = {id(p) for name in (LAGGED, MERGE) if name in block._modules for p in getattr(block, name).parameters()}
     own = [p for p in _trained(block) if id(p) not in apart]
+    count = tile_count(tiles, block, hidden, own, kwargs)
+    if count > 1 and not noted_kinds():
+        return Tiled(cast(Seam, cut_of(block)), count, forward, block, args, kwargs, own)
     return replay.Part(forward, block, args, kwargs, parameters=own)
 
 

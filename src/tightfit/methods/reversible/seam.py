@@ -8,7 +8,8 @@ the first half stops behind the attention's norm, the second one starts there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from tightfit.core import hfmodel
 from tightfit.core.edits import Edit, ModulesEdit
-from tightfit.core.errors import UnsupportedModelError
+from tightfit.core.errors import StateError, UnsupportedModelError
 from tightfit.core.tight import is_tight, loosen, state_of, tighten
 from tightfit.core.transform import Slot
 from tightfit.methods.reversible.adapters import Mlp
@@ -27,7 +28,7 @@ Layers = list[tuple[nn.Module, type, dict[str, Any]]]
 class _Stop(Exception):
     """Carries the states between the halves out of a block."""
 
-    def __init__(self, states: Tensor):
+    def __init__(self, states: Tensor | None):
         super().__init__()
         self.states = states
 
@@ -38,18 +39,30 @@ class Seam:
     def __init__(self, post_norm: bool, inside: bool):
         self.post_norm, self.inside = post_norm, inside
         self.half = 0
-        self.attended = False
-        self.before_norm: Tensor | None = None
+        self.attended = self.reached = False
+        self.norm: tuple[Tensor, Tensor] | None = None
 
     def run(self, half: int, forward, x: Tensor, args: tuple, kwargs: dict) -> Any:
         """What one half of the block gives."""
-        self.half, self.attended = half, False
+        self.half, self.attended, self.reached = half, False, False
         try:
-            return forward(x, *args, **kwargs)
+            out = forward(x, *args, **kwargs)
         except _Stop as stop:
-            return stop.states.view_as(x)  # OPT flattens the states for its MLP
+            if stop.states is not None:
+                return stop.states.view_as(x)  # OPT flattens the states for its MLP
         finally:
-            self.half, self.before_norm = 0, None
+            self.half, self.norm = 0, None
+        if half != 2 or not self.reached:
+            raise StateError(
+                "Reversible: a block did not run through the places where it was cut into halves; use tiles=1, or "
+                "another variant than 'meft3'"
+            )
+        return out
+
+    def before_norm(self, x: Tensor) -> Tensor | None:
+        """The states that the last norm made an MLP's input of; None: something else made it."""
+        before, out = self.norm or (None, None)
+        return before if out is not None and hfmodel.storage_key(out) == hfmodel.storage_key(x) else None
 
 
 class SeamAttention:
@@ -64,41 +77,43 @@ class SeamAttention:
             seam.attended = True
             return out
         hidden = args[0] if args else kwargs["hidden_states"]
-        seam.attended = True
+        seam.attended = seam.reached = True
         return (hidden if seam.inside else torch.zeros_like(hidden)), None
 
 
 class SeamNorm:
     """A norm beside which the cut may be."""
 
-    def forward(self, x):
+    def forward(self, x, *args, **kwargs):
         seam = state_of(self, SeamNorm)["seam"]  # type: ignore[arg-type]
+        if seam.half == 2 and not seam.post_norm and not seam.attended:
+            return x  # for the attention alone, which does not run
         at_cut = seam.half and seam.post_norm and not seam.inside and seam.attended
         if at_cut and seam.half == 2:
             seam.attended = False
             return x
-        out = super().forward(x)  # type: ignore[misc]
+        out = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if at_cut:
             raise _Stop(out)
-        seam.before_norm = x if seam.half == 1 else None
+        seam.norm = (x, out) if seam.half == 1 else None
         return out
 
 
 class SeamMlp:
     """The first layer of an MLP, before which the first half stops."""
 
-    def forward(self, x):
+    def forward(self, x, *args, **kwargs):
         seam = state_of(self, SeamMlp)["seam"]  # type: ignore[arg-type]
         if seam.half == 1:
-            raise _Stop(seam.before_norm)
-        return super().forward(x)  # type: ignore[misc]
+            raise _Stop(seam.before_norm(x))
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
 
 def layers_of(model: nn.Module, name: str, mlp: Mlp, post_norm: bool) -> Layers:
     """The modules of a block that know of its cut, with their mixins and states.
 
     Raises:
-        UnsupportedModelError: the block has no attention, or more than one.
+        UnsupportedModelError: the block has no attention, more than one, or one that adds what it reads itself.
     """
     block = model.get_submodule(name)
     attentions = [child for key, child in block.named_children() if _is_attention(key, child)]
@@ -107,6 +122,8 @@ def layers_of(model: nn.Module, name: str, mlp: Mlp, post_norm: bool) -> Layers:
             f"Reversible(variant='meft3'): block {name} has {len(attentions)} attention modules, accepted is one; use "
             f"variant='meft1'"
         )
+    if "residual" in inspect.signature(type(attentions[0]).forward).parameters:
+        raise UnsupportedModelError(_no_halves(name))  # it adds the states itself (BLOOM)
     norms = [
         module
         for module in block.modules()
@@ -126,18 +143,21 @@ def _is_attention(name: str, child: nn.Module) -> bool:
     return ("att" in name.lower() or "attention" in kind) and "norm" not in kind and bool(child._modules)
 
 
-def seam_of(block: nn.Module) -> Seam:
-    """The cut of a block that has one."""
-    return next(state_of(child, SeamAttention)["seam"] for child in block.children() if is_tight(child, SeamAttention))
+def cut_of(block: nn.Module) -> Seam | None:
+    """The cut of a block, if it has one."""
+    found = (state_of(child, SeamAttention)["seam"] for child in block.children() if is_tight(child, SeamAttention))
+    return next(found, None)
 
 
-def seam_edits(places: Sequence[tuple[str, Mlp]], post_norm: bool) -> Iterator[Edit]:
-    """Edits after which the halves of blocks can be run apart."""
+def seam_edits(places: Mapping[str, Mlp], post_norm: bool) -> Iterator[Edit]:
+    """Edits after which the halves of blocks can be run apart; none without blocks."""
+    if not places:
+        return
     cut: dict[str, Layers] = {}
 
     def find(mixin: type):
         def found(model: nn.Module):
-            for name, mlp in places:
+            for name, mlp in places.items():
                 if name not in cut:
                     cut[name] = layers_of(model, name, mlp, post_norm)
             return [(m, state) for layers in cut.values() for m, kind, state in layers if kind is mixin]
@@ -150,35 +170,55 @@ def seam_edits(places: Sequence[tuple[str, Mlp]], post_norm: bool) -> Iterator[E
         )
 
 
-def check_cut(model: nn.Module, places: Sequence[tuple[str, Mlp]], post_norm: bool):
+def check_cut(model: nn.Module, places: dict[str, Mlp], post_norm: bool, *, drop: bool):
     """A probe's check that the halves of a block, one after the other, are the block.
 
+    Args:
+        places: the blocks, with their MLPs.
+        drop: take blocks of which that is not true to the bit out of `places`.
+
     Raises (when called):
-        UnsupportedModelError: they are not.
+        UnsupportedModelError: without `drop`, they are not.
     """
-    mlps = dict(places)
 
     def check(name: str, block: nn.Module, hidden: Any, args: tuple, kwargs: dict, state: Any) -> None:
+        if name not in places:
+            return
+        layers = layers_of(model, name, places[name], post_norm)
         modes = [(module, module.training) for module in block.modules()]
         block.eval()
         try:
-            with _cut(layers_of(model, name, mlps[name], post_norm)) as seam:
-                whole = _first(block.forward(hidden, *args, **kwargs))
-                half = _first(seam.run(1, block.forward, hidden, args, kwargs))
-                both = _first(seam.run(2, block.forward, half, args, kwargs))
+            _compare(name, block, layers, hidden, args, kwargs, to_the_bit=drop)
         except UnsupportedModelError:
-            raise
-        except Exception as error:
-            raise UnsupportedModelError(f"{_no_halves(name)} ({type(error).__name__}: {error})") from error
+            if not drop:
+                raise
+            del places[name]
         finally:
             for module, mode in modes:
                 module.training = mode
-        scale = float(whole.abs().max())
-        apart = not torch.equal(half, hidden) and not torch.equal(half, whole)
-        if not apart or not torch.allclose(both, whole, rtol=1e-2, atol=1e-3 * scale):
-            raise UnsupportedModelError(_no_halves(name))
 
     return check
+
+
+def _compare(
+    name: str, block: nn.Module, layers: Layers, hidden: Any, args: tuple, kwargs: dict, *, to_the_bit: bool
+) -> None:
+    try:
+        with _cut(layers) as seam:
+            whole = _first(block.forward(hidden, *args, **kwargs))
+            half = _first(seam.run(1, block.forward, hidden, args, kwargs))
+            rest = seam.run(2, block.forward, half, args, kwargs)
+            both = _first(rest)
+    except Exception as error:
+        raise UnsupportedModelError(f"{_no_halves(name)} ({type(error).__name__}: {error})") from error
+    apart = not torch.equal(half, hidden) and not torch.equal(half, whole)
+    if to_the_bit:
+        alone = torch.is_tensor(rest) or not any(map(torch.is_tensor, rest[1:]))
+        same = torch.equal(both, whole) and alone
+    else:
+        same = torch.allclose(both, whole, rtol=1e-2, atol=1e-3 * float(whole.abs().max()))
+    if not (apart and same):
+        raise UnsupportedModelError(_no_halves(name))
 
 
 @contextlib.contextmanager

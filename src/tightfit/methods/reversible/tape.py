@@ -19,6 +19,7 @@ from tightfit.core.hfmodel import has_values, storage_key
 from tightfit.core.recording import note
 from tightfit.methods.reversible.replay import Extras, Part
 from tightfit.methods.reversible.streams import Fixed, Floating, Half, Streams
+from tightfit.methods.reversible.tiles import Tiled
 from tightfit.ops.autograd import inner_gradients, refuse_second_derivative, saved_apart, version
 from tightfit.ops.replay import Replay
 
@@ -209,6 +210,32 @@ class _Step:
             out, _ = self.again(x, given, keeping=False)
         return self.half.before(read, self.undo(new, read, x, out, saved))
 
+    def run_again(
+        self, x: Tensor, given: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Callable[[], list[Tensor | None]]]:
+        """The part's first output, and what makes the gradients of (the stream that is read, parameters, arguments)."""
+        needs = self.needs[1:]
+        if isinstance(self.part, Tiled) and not self.part.whole and grads[0] is not None:
+            out, found = self.part.backward(self.replay, x, given, needs, grads[0])
+            return out, lambda: found
+        with self.replay.again():
+            out, rest = self.again(x, given, keeping=True)
+        outputs = [out, *(self.extras.made(rest) if self.extras is not None else [])]
+        # edges hold the graph, but not what it led to
+        pairs = [
+            (get_gradient_edge(t), g.to(t.dtype)) for t, g in zip(outputs, grads) if g is not None and t.requires_grad
+        ]
+        wanted = [t for t, need in zip([x, *self.part.parameters, *given], needs) if need]
+
+        def gradients() -> list[Tensor | None]:
+            found: Any = iter(())
+            if pairs and wanted:
+                edges, sent = zip(*pairs)
+                found = iter(inner_gradients(edges, wanted, sent))
+            return [next(found, None) if need else None for need in needs]
+
+        return out, gradients
+
     def undo(self, new: Tensor, read: Tensor, x: Tensor, out: Tensor, saved: Sequence[Tensor]) -> Tensor:
         dropped = saved[self.given] if self.dropped else None
         with torch.no_grad():
@@ -226,8 +253,7 @@ class _Step:
             read, new = half.split(self.after(saved))
         x = tape.numbers.value(read, self.dtype).requires_grad_(self.needs[1])
         given = self.leaves(saved[: self.given], self.needs[2 + count :])
-        with self.replay.again():
-            out, rest = self.again(x, given, keeping=True)
+        out, gradients = self.run_again(x, given, grads)
         if self.lowest:
             tape.reached = None
         elif self.keep:
@@ -235,23 +261,8 @@ class _Step:
         else:
             assert new is not None
             tape.reached = (self.number - 1, half.before(read, self.undo(new, read, x, out, saved)))
-        del new, read, saved
-        outputs = [out, *(self.extras.made(rest) if self.extras is not None else [])]
-        del out, rest
-        pairs = [
-            (get_gradient_edge(t), g.to(t.dtype)) for t, g in zip(outputs, grads) if g is not None and t.requires_grad
-        ]
-        del outputs  # the edges hold the graph, but not what it led to
-        inputs = [x, *self.part.parameters, *given]
-        del x, given
-        wanted = [t for t, need in zip(inputs, self.needs[1:]) if need]
-        del inputs
-        found: Any = iter(())
-        if pairs and wanted:
-            edges, sent = zip(*pairs)
-            del pairs
-            found = iter(inner_gradients(edges, wanted, sent))
-        result = [next(found, None) if need else None for need in self.needs[1:]]
+        del new, read, saved, x, out, given
+        result = gradients()
         grad = grads[0]
         if grad is None:
             return [None, *result]
