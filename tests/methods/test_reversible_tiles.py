@@ -33,6 +33,25 @@ def tiled(monkeypatch):
     return found
 
 
+@pytest.fixture
+def recorded(monkeypatch):
+    """Streams as each step replaced them, and as they came back."""
+    gone, back = [], []
+    forward, inverse = Fixed.forward, Fixed.inverse
+
+    def keep_old(self, half, old, *others):
+        gone.append(old.clone())
+        return forward(self, half, old, *others)
+
+    def keep_back(self, *arguments):
+        back.append(inverse(self, *arguments))
+        return back[-1].clone()
+
+    monkeypatch.setattr(Fixed, "forward", keep_old)
+    monkeypatch.setattr(Fixed, "inverse", keep_back)
+    return gone, back
+
+
 def adapted(model, *recipe, tiles=4, rank=1, **fields):
     """The model under Lora, whose adapters do something, and Reversible."""
     torch.manual_seed(7)
@@ -59,20 +78,8 @@ def test_gradients_are_those_of_whole_blocks(family, recipe, tiled):
 
 @pytest.mark.parametrize(("family", "autocast"), [("llama", True), ("bert", False), ("gpt2", True)])
 @pytest.mark.parametrize("recipe", [(), (FusedOps(), Mesa(rounding="stochastic"))])
-def test_streams_come_back_bit_by_bit(family, autocast, recipe, tiled, monkeypatch):
-    gone, back = [], []
-    forward, inverse = Fixed.forward, Fixed.inverse
-
-    def keep_old(self, half, old, *others):
-        gone.append(old.clone())
-        return forward(self, half, old, *others)
-
-    def keep_back(self, *arguments):
-        back.append(inverse(self, *arguments))
-        return back[-1].clone()
-
-    monkeypatch.setattr(Fixed, "forward", keep_old)
-    monkeypatch.setattr(Fixed, "inverse", keep_back)
+def test_streams_come_back_bit_by_bit(family, autocast, recipe, tiled, recorded):
+    gone, back = recorded
     model = deep(family, 8, dropout=0.1)
     batch = models.batch(model, size=4)
     adapted(model, *recipe)
@@ -94,6 +101,24 @@ def test_forwards_before_a_backward_and_copies(tiled):
     assert len(tiled) == 8
     close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, apart, 1e-6)
     close(gradients(copy.deepcopy(model), one, two)[1], apart, 1e-7)
+
+
+class Permuted(torch.nn.Embedding):
+    """An embedding in half precision, whose output lies in memory with its rows across."""
+
+    def forward(self, ids):
+        return super().forward(ids).bfloat16().transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def test_states_of_another_layout_and_type(tiled, recorded):
+    gone, back = recorded
+    model = adapted(models.build("llama", dropout=0.0), bits=20)
+    table = model.get_input_embeddings()
+    table.__class__ = Permuted
+    table.weight.requires_grad_(True)  # so that the lowest block gives its input back as well
+    gradients(model, models.batch(model, size=4))
+    assert tiled == [4, 4] and len(back) == 2
+    assert all(torch.equal(a, b) for a, b in zip(reversed(gone), back))
 
 
 def test_meft_with_adapters(tiled):

@@ -17,6 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 from tightfit.core.errors import StateError
 from tightfit.core.hfmodel import has_values, storage_key
 from tightfit.core.marks import Estimated
+from tightfit.core.recording import notes_apart
 from tightfit.core.stack import first_tensor
 from tightfit.core.tight import is_tight
 from tightfit.methods.reversible.replay import Part
@@ -45,9 +46,9 @@ def tile_count(most: int, block: nn.Module, hidden: Tensor, parameters: Sequence
 
 
 def _looks_further(module: nn.Module) -> bool:
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    by_row = "droppath" in type(module).__name__.lower()
-    return bool(hooked) or by_row or is_tight(module, Estimated)
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooked = any(getattr(module, kind) for kind in kinds)
+    return hooked or "droppath" in type(module).__name__.lower() or is_tight(module, Estimated)
 
 
 class Tiled(Part):
@@ -66,8 +67,12 @@ class Tiled(Part):
         return torch.cat([value for value, _ in found], dim=1).view_as(x), found[-1][1]
 
     def _attend(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        return self._half(1, x, tensors)
+
+    def _half(self, number: int, x: Tensor, tensors: Sequence[Tensor]) -> Any:
         args, kwargs = self.arguments(tensors)
-        return self.seam.run(1, self.function, x, args, kwargs)
+        with notes_apart():
+            return self.seam.run(number, self.function, x, args, kwargs)
 
     def _tried(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
         """The same in a simulation, for which nobody has seen whether the block has halves; None: it has not."""
@@ -78,8 +83,7 @@ class Tiled(Part):
         return None
 
     def _finish(self, tile: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Any]:
-        args, kwargs = self.arguments(tensors)
-        out = self.seam.run(2, self.function, tile, args, kwargs)
+        out = self._half(2, tile, tensors)
         rest = None if torch.is_tensor(out) else tuple(out[1:])
         if rest and any(map(torch.is_tensor, rest)):
             raise StateError(
@@ -113,20 +117,22 @@ class Tiled(Part):
         held, depends = states.detach(), states.requires_grad
         root = get_gradient_edge(states) if depends else None
         del states
-        out, back = torch.empty_like(x), torch.empty_like(held) if depends else None
-        backs = self._tiles(back) if back is not None else [None] * self.count
-        for tile, sent, into, piece in zip(self._tiles(held), self._tiles(grad), self._tiles(out), backs):
+        out, back = None, held.new_zeros(held.shape) if depends else None
+        for number, (tile, sent) in enumerate(zip(self._tiles(held), self._tiles(grad))):
             leaf = tile.detach().requires_grad_(depends)
             with following.again(), torch.enable_grad(), saved_apart():
                 value, _ = self._finish(leaf, given)
                 following.go_on()
-            into.copy_(value.detach())
+            # of the values' type, which need not be that of the states under autocast
+            out = value.new_empty(x.shape) if out is None else out
+            self._tiles(out)[number].copy_(value.detach())
             if value.requires_grad:
                 edge, sent = get_gradient_edge(value), sent.to(value.dtype)
                 del value
                 first = add(edge, sent, *([leaf] if depends else []))
-                if piece is not None:
-                    piece.copy_(first) if first is not None else piece.zero_()
+                if back is not None and first is not None:
+                    self._tiles(back)[number].copy_(first)
+        assert out is not None
         if root is not None and back is not None:
             del held
             add(root, back)
