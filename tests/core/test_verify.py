@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tightfit
-from tightfit.core.memory import live_bytes, measure
+from tightfit.core.memory import live_bytes, live_tensors, measure
 from tightfit.core.verify import PHASES, run_step
 
 BOTH = tightfit.chain(tightfit.Lora(rank=2), tightfit.Checkpointing())
@@ -66,6 +66,22 @@ def test_it_agrees_with_measure():
     assert abs(step.peak_bytes / (found.peak_bytes - others) - 1) < 1e-3
     assert step.saved_bytes == found.saved_bytes
     assert step.by_category["optimizer"] == found.by_category["optimizer"]
+
+
+def test_gradients_are_counted_of_a_step_that_drops_them():
+    layer, x = nn.Linear(64, 64), torch.randn(4, 64)
+    optimizer = torch.optim.AdamW(layer.parameters(), foreach=False)
+
+    def whole():
+        layer(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    gc.collect()
+    others = sum(t.grad.nbytes for t in live_tensors() if isinstance(t, nn.Parameter) and t.grad is not None)
+    found = measure(whole, repeats=0)
+    assert found.by_category["gradients"] == others + sum(p.nbytes for p in layer.parameters())
+    assert sum(found.by_category.values()) == found.peak_bytes
 
 
 def test_in_place_trains_the_model_and_takes_the_recipe_off():

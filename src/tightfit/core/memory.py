@@ -7,16 +7,18 @@ was alive before. Never the process's resident size, never a formula.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tightfit.core import hfmodel
 from tightfit.ops.autograd import without_graph
@@ -33,8 +35,9 @@ class Measurement:
         alive_bytes: allocator level when the step began (weights, optimizer state, gradients, batch).
         saved_bytes: unique storages kept for backward, parameters and buffers left out.
         seconds: median wall time of the timed steps.
-        by_category: weights, gradients, optimizer, activations (saved_bytes), temporary (the rest of the peak),
-            host (memory of host-side stores when the device is not the CPU).
+        by_category: weights, optimizer, activations (saved_bytes), gradients (all that an optimizer's step finds, or
+            the peak less those, whichever is less), temporary (the rest of the peak), host (memory of host-side stores
+            when the device is not the CPU).
     """
 
     peak_bytes: int
@@ -77,7 +80,8 @@ def measure(step: Step, *, warmup: int = 1, repeats: int = 3) -> Measurement:
     for _ in range(warmup):
         step()
     peak, alive = _peak(step)
-    saved = saved_bytes(step)
+    with _gradients() as found:
+        saved = saved_bytes(step)
     seconds = []
     for _ in range(repeats):
         _synchronise()
@@ -85,7 +89,7 @@ def measure(step: Step, *, warmup: int = 1, repeats: int = 3) -> Measurement:
         step()
         _synchronise()
         seconds.append(time.perf_counter() - start)
-    categories = _categories(peak, saved)
+    categories = _categories(peak, saved, max(found, default=0))
     return Measurement(peak, alive, saved, statistics.median(seconds) if seconds else 0.0, categories)
 
 
@@ -214,21 +218,43 @@ def interleave(steps: Mapping[str, Step], *, rounds: int = 5, warmup: int = 1) -
     return times
 
 
-def _categories(peak: int, saved: int) -> dict[str, int]:
+@contextlib.contextmanager
+def _gradients() -> Iterator[list[int]]:
+    """Note the bytes of the models' gradients whenever an optimizer steps, and at the end: a whole step drops them."""
+    weights, found = _weights(), []
+
+    def note(*_: Any) -> None:
+        found.append(hfmodel.unique_storage_bytes(_distinct(w.grad for w in weights if w.grad is not None)))
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        yield found
+        note()
+    finally:
+        hook.remove()
+
+
+def _weights() -> list[torch.Tensor]:
+    """Parameters and buffers of every module that is alive, where the step runs."""
     device = "cuda" if _cuda_in_use() else "cpu"
     modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module)]
-    weights = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-    weights = [t for t in weights if t.device.type == device]
-    gradients = [p.grad for p in weights if p.grad is not None]
+    held = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    return [t for t in held if t.device.type == device]
+
+
+def _categories(peak: int, saved: int, gradients: int) -> dict[str, int]:
+    device = "cuda" if _cuda_in_use() else "cpu"
     optimizers = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
     states = [t for o in optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t)]
     out = {
-        "weights": hfmodel.unique_storage_bytes(_distinct(weights)),
-        "gradients": hfmodel.unique_storage_bytes(_distinct(gradients)),
+        "weights": hfmodel.unique_storage_bytes(_distinct(_weights())),
+        "gradients": 0,
         "optimizer": hfmodel.unique_storage_bytes(_distinct(t for t in states if t.device.type == device)),
         "activations": saved,
     }
-    out["temporary"] = max(0, peak - sum(out.values()))
+    rest = max(0, peak - sum(out.values()))
+    out["gradients"] = min(gradients, rest)  # of a peak in forward there may be none, and not all are kept together
+    out["temporary"] = rest - out["gradients"]
     out["host"] = live_bytes("cpu") if device == "cuda" else 0
     return out
 
