@@ -27,7 +27,7 @@ class Mesa(Transform):
 
     A norm keeps the code of its normalised rows, which the linear layers behind it read too; an activation or a gated
     MLP keeps the code of what goes into it; a linear layer whose input nobody else keeps, that input's code. About a
-    quarter of float32's bytes (an eighth with 4 bits) and gradients off by about 1 % (15 %). Best together with
+    quarter of float32's bytes (an eighth with 4 bits) and gradients off by about 1 % (10 %). Best together with
     `FusedOps`, which also keeps the attention's tensors once and chunks a language model's loss.
 
     Fields:
