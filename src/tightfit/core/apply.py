@@ -347,7 +347,8 @@ class Applied:
     ) -> None:
         """Write a stock checkpoint that plain `from_pretrained` loads, with a model card; the model stays as it is.
 
-        Merged weights are made as they are written: beside the model there is never more than a shard.
+        Merged weights are made as they are written: beside the model there is never more than a shard. The tokenizer is
+        not among it; save yours into the folder afterwards.
 
         Args:
             max_shard_size: of one file, in bytes or as in "5GB".
@@ -356,6 +357,7 @@ class Applied:
 
         Raises:
             ArtifactError: the folder is in use or cannot be written, or the Hub refuses it (the folder stays).
+            BudgetError: `max_shard_size` is no size.
             StateError, UnsupportedModelError: the recipe's result has no place in a stock model.
         """
         self._require_live("export")
