@@ -12,6 +12,7 @@ import sys
 import textwrap
 import types
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import runs
@@ -24,7 +25,7 @@ from typer.testing import CliRunner
 import tightfit
 from tightfit.cli.app import app
 from tightfit.core.recipe import Recipe, method_classes
-from tightfit.train.recipe_file import RecipeFile
+from tightfit.train.recipe_file import DataSection, RecipeFile, Task, TrainSection
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "```" in p.read_text())]
@@ -155,6 +156,21 @@ def test_yaml_of_the_docs_is_a_recipe(page):
             RecipeFile.model_validate(content)
         else:
             assert Recipe.from_list(content["methods"])
+
+
+@pytest.mark.parametrize("section", [DataSection, TrainSection], ids=["data", "train"])
+def test_every_key_of_a_recipe_file_is_documented_with_its_default(section, request):
+    page = (ROOT / "docs" / "recipe-file.md").read_text()
+    table = page.partition(f"## `{request.node.callspec.id}`\n")[2].partition("\n## ")[0]
+    shown = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", table, re.MULTILINE))
+    words = {"None": "none", "False": "false", "PydanticUndefined": "required"}
+    defaults = {name: str(field.default) for name, field in section.model_fields.items()}
+    assert shown == {name: words.get(default, default) for name, default in defaults.items()}
+
+
+def test_every_task_is_documented():
+    page = (ROOT / "docs" / "recipe-file.md").read_text()
+    assert set(re.findall(r"^\| `([a-z2-]+-[a-z]+)` \|", page, re.MULTILINE)) == set(get_args(Task))
 
 
 @pytest.mark.slow
