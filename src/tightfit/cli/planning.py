@@ -54,22 +54,28 @@ class Wishes:
             raise RecipeError("plan: --model and --data go together; give both, or a recipe file")
         if not self.without_recipe and not self.arguments:
             raise RecipeError("plan: give a recipe file, or --model, --data and --budget to have one recommended")
+        if self.task is not None and not self.without_recipe:
+            raise RecipeError(f"plan: --task goes with --model and --data; beside a recipe file write task={self.task}")
         files = [argument for argument in self.arguments if "=" not in argument]
         if self.without_recipe and files:
             raise RecipeError(f"plan: got the recipe file {files[0]} and --model; give one of them")
-        needing = {
-            "--largest-batch": self.largest_batch,
-            "--longest-sequence": self.longest_sequence,
+        reach = {"--largest-batch": self.largest_batch, "--longest-sequence": self.longest_sequence}
+        recommending = {
             "--output": self.output is not None,
-            "--model": self.without_recipe,
+            "--tune": self.tune != "any",
+            "--exact": self.exact,
+            "--methods": self.methods is not None,
         }
+        needing = {**reach, **recommending, "--elsewhere": self.elsewhere, "--model": self.without_recipe}
         for name, given in needing.items():
             if given and self.budget is None:
                 raise RecipeError(f"plan: {name} needs --budget, as in --budget 8GiB")
-        alone = {"--largest-batch": self.largest_batch, "--longest-sequence": self.longest_sequence}
-        for name, given in alone.items():
-            if given and self.without_recipe:
+        step = {"--verify": self.verify, "--or-measure": self.or_measure, "--html": self.html is not None}
+        for name in (name for name, given in reach.items() if given):
+            if self.without_recipe:
                 raise RecipeError(f"plan: {name} is for a recipe file; give one in place of --model and --data")
+            for other in (other for other, given in {**recommending, **step}.items() if given):
+                raise RecipeError(f"plan: {name} only says how far the recipe reaches; leave {other} out")
         if self.html is not None and self.html.is_dir():
             raise RecipeError(f"plan: --html is {self.html}, a folder; name a file")
         if self.html is not None and not self.html.parent.is_dir():
