@@ -481,6 +481,21 @@ def test_blocks_that_cannot_be_side_blocks_are_refused():
     model(**batch).loss.backward()
 
 
+@pytest.mark.parametrize("recipe", [LadderSide(reduction=2), Losa(), Sherl(reduction=2, late_layers=0)])
+def test_blocks_that_run_again_in_one_call_are_refused(recipe):
+    # the later runs are frozen: what a side net adds to the earlier ones would get no gradient, in silence
+    groups = 2 if isinstance(recipe, Sherl) else 1
+    sizes = {**models.SIZE, "num_hidden_layers": 4, "num_hidden_groups": groups}
+    model = hf.AlbertForSequenceClassification(hf.AlbertConfig(**sizes, embedding_size=16, vocab_size=50))
+    batch = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+    with tightfit.apply(model, recipe):
+        for mode in (True, False):
+            with pytest.raises(UnsupportedModelError, match="same blocks again in one call"):
+                model.train(mode)(**batch)
+    with pytest.raises(UnsupportedModelError, match="same blocks again in one call"):
+        tightfit.plan(model, recipe, batch=(1, 4))
+
+
 def test_a_cache_switch_that_is_given_by_place():
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "dim_head": 16, "dim_ff": 64, "num_hidden_layers": 2}
     config = hf.CpmAntConfig(**sizes, vocab_size=models.VOCABULARY, prompt_length=4, position_bias_max_distance=64)

@@ -29,14 +29,53 @@ def side_edit(place: Place, method: str, make: Callable[[nn.Module], nn.Module],
     return ChildEdit(module=place.owner, child=SIDE, make=make, trained=trained, note=note)
 
 
-def frozen_edits(model: nn.Module, method: str, *, dropout: bool, cache: Any = None) -> Iterator[Edit]:
-    """Freeze the backbone, and let it run as in evaluation mode while the rest trains."""
+class OneRun(StackRunner):
+    """A runner with a side net, which stands beside one run of the stack in each call of the backbone.
+
+    Attributes:
+        runs: of the stack in the call under way; None outside of one.
+    """
+
+    runs: int | None = None
+
+    def begin(self, method: str) -> None:
+        """Count a run. Raises: UnsupportedModelError for a second one, whose frozen blocks would pass no gradient."""
+        if self.runs is None:
+            return
+        self.runs += 1
+        if self.runs > 1:
+            raise UnsupportedModelError(
+                f"{method}: the model runs the same blocks again in one call (shared weights, as in ALBERT), and what "
+                f"a side net adds to one run would get no gradient through the next; use Lora"
+            )
+
+
+@contextlib.contextmanager
+def _counted(runners: Sequence[OneRun]) -> Iterator[None]:
+    """Let the runners count the runs of their stacks."""
+    for runner in runners:
+        runner.runs = 0
+    try:
+        yield
+    finally:
+        for runner in runners:
+            runner.runs = None
+
+
+def frozen_edits(
+    model: nn.Module, method: str, *, dropout: bool, runners: list[OneRun], cache: Any = None
+) -> Iterator[Edit]:
+    """Freeze the backbone, and let it run as in evaluation mode while the rest trains.
+
+    Args:
+        runners: those of its stacks with a side net, once they are there.
+    """
     yield TrainableEdit(parameters=tuple(hfmodel.body_parameters(model)), trainable=False)
     yield CallEdit(
         slot=Slot.BLOCKS,
         where="backbone",
         mixin=FrozenBackbone,
-        state=lambda module: {"method": method, "dropout": dropout, "cache": cache},
+        state=lambda module: {"method": method, "dropout": dropout, "cache": cache, "runners": runners},
         note="frozen" if dropout else "frozen, without dropout",
     )
 
@@ -79,7 +118,8 @@ class FrozenBackbone:
     def __call__(self, *args, **kwargs):
         own = state_of(self, FrozenBackbone)  # type: ignore[arg-type]
         if not self.training:  # type: ignore[attr-defined]
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            with _counted(own["runners"]):
+                return super().__call__(*args, **kwargs)  # type: ignore[misc]
         if torch.is_grad_enabled():
             _refuse_trained(self, own["method"])
             if {"past_key_values", "use_cache"}.intersection(argument_names(self)[: len(args)]):  # type: ignore[arg-type]
@@ -90,6 +130,7 @@ class FrozenBackbone:
                 stack.enter_context(evaluating(_stock_inside(self)))  # type: ignore[arg-type]
             if own["cache"] is not None:
                 stack.enter_context(own["cache"].looking(self, args, kwargs, SIDE))
+            stack.enter_context(_counted(own["runners"]))
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args, **kwargs):

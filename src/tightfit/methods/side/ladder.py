@@ -20,6 +20,7 @@ from tightfit.methods.side.cache import FeatureCache
 from tightfit.methods.side.frozen import (
     FrozenStackEdit,
     Link,
+    OneRun,
     frozen_edits,
     inside,
     link_edits,
@@ -196,7 +197,8 @@ class LadderSide(Transform):
                 f"only models of one stack can keep their features"
             )
         cache = None if self.cache_bytes is None else FeatureCache(self.cache_bytes)
-        yield from frozen_edits(model, METHOD, dropout=self.backbone_dropout, cache=cache)
+        runners: list[OneRun] = []
+        yield from frozen_edits(model, METHOD, dropout=self.backbone_dropout, runners=runners, cache=cache)
         built = Builder(self._design(), here)
         part = Ladder(here, cache)
         link = Link() if len(here) > 1 else None
@@ -210,7 +212,7 @@ class LadderSide(Transform):
             yield FrozenStackEdit(
                 blocks=place.blocks,
                 inside=inside(model, place.blocks),
-                runner=functools.partial(_runner, place, link, cache),
+                runner=functools.partial(_runner, runners, place, link, cache),
                 part=part,
                 note=f"{self.projection}, {self.merge}",
             )
@@ -237,8 +239,10 @@ class LadderSide(Transform):
         return here
 
 
-def _runner(place: Place, link: Link | None, cache: FeatureCache | None) -> LadderRunner:
-    return LadderRunner(place.side, link, not place.final, cache)
+def _runner(runners: list[OneRun], place: Place, link: Link | None, cache: FeatureCache | None) -> LadderRunner:
+    made = LadderRunner(place.side, link, not place.final, cache)
+    runners.append(made)
+    return made
 
 
 class Builder:

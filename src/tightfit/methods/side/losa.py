@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tightfit.core import hfmodel
-from tightfit.core.edits import Edit, Part, StackRunner
+from tightfit.core.edits import Edit, Part
 from tightfit.core.fields import check_bool, check_int
 from tightfit.core.new_modules import fresh
 from tightfit.core.stack import first_tensor
 from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.side.frozen import (
     FrozenStackEdit,
+    OneRun,
     frozen_edits,
     inside,
     side_edit,
@@ -102,7 +103,8 @@ class Losa(Transform):
         place = here[-1]
         check_range(self, "keep_layers", self.keep_layers, len(place.blocks), model)
         tokens, token_rank = self._token_mixing(model, place)
-        yield from frozen_edits(model, METHOD, dropout=self.backbone_dropout)
+        runners: list[OneRun] = []
+        yield from frozen_edits(model, METHOD, dropout=self.backbone_dropout, runners=runners)
         yield from untouched_edits(model, here[:-1])
         kept = self.keep_layers or tuple(range(len(place.blocks)))
         yield side_edit(
@@ -114,7 +116,7 @@ class Losa(Transform):
         yield FrozenStackEdit(
             blocks=place.blocks,
             inside=inside(model, place.blocks),
-            runner=functools.partial(_runner, place),
+            runner=functools.partial(_runner, runners, place),
             part=Mixing(place),
             note=f"ranks {self.rank} and {token_rank}",
         )
@@ -228,13 +230,14 @@ class LosaNet(nn.Module):
         return next(self.parameters()).dtype
 
 
-class LosaRunner(StackRunner):
+class LosaRunner(OneRun):
     """Runs the blocks without a graph; the tape is the side stream."""
 
     def __init__(self, net: LosaNet):
         self.net = net
 
     def open(self, hidden: Any) -> list[Tensor | None]:
+        self.begin(METHOD)
         return [hidden.detach().to(self.net.dtype) if self.net.published else None]
 
     def block(self, tape: list, index: int, last: bool, forward, hidden, args: tuple, kwargs: dict) -> Any:
@@ -249,8 +252,10 @@ class LosaRunner(StackRunner):
         return with_first(out, stream if self.net.published else states + stream)
 
 
-def _runner(place: Place) -> LosaRunner:
-    return LosaRunner(place.side)
+def _runner(runners: list[OneRun], place: Place) -> LosaRunner:
+    made = LosaRunner(place.side)
+    runners.append(made)
+    return made
 
 
 class Mixing(Part):

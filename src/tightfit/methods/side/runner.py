@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from tightfit.core.calls import refusing
-from tightfit.core.edits import StackRunner
 from tightfit.core.errors import StateError, UnsupportedModelError
 from tightfit.core.recording import notes_apart
 from tightfit.core.stack import block_of, first_tensor
 from tightfit.methods.side.cache import FeatureCache, Lookup
-from tightfit.methods.side.frozen import Link, Split, plain_call, with_first
+from tightfit.methods.side.frozen import Link, OneRun, Split, plain_call, with_first
 from tightfit.methods.side.net import SideNet
 
 METHOD = "LadderSide"
@@ -34,7 +33,7 @@ class Tape:
         self.opened = False
 
 
-class LadderRunner(StackRunner):
+class LadderRunner(OneRun):
     """Runs the blocks without a graph; each rung's output goes to its side block at once and is not kept."""
 
     def __init__(self, side: SideNet, link: Link | None, encoder: bool, cache: FeatureCache | None = None):
@@ -42,6 +41,7 @@ class LadderRunner(StackRunner):
         self.ran = False
 
     def open(self, hidden: Any) -> Tape:
+        self.begin(METHOD)
         split = None
         if self.link is not None and not self.encoder:
             split = Split(self.side.width, self.side.side_width, METHOD)

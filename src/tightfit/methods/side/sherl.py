@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tightfit.core import hfmodel
-from tightfit.core.edits import Edit, ModuleEdit, Part, StackRunner
+from tightfit.core.edits import Edit, ModuleEdit, Part
 from tightfit.core.errors import UnsupportedModelError
 from tightfit.core.fields import check_bool, check_float, check_int
 from tightfit.core.new_modules import fresh
@@ -23,6 +23,7 @@ from tightfit.core.transform import Context, Slot, Transform
 from tightfit.methods.side.frozen import (
     FrozenStackEdit,
     Link,
+    OneRun,
     Split,
     frozen_edits,
     inside,
@@ -108,7 +109,8 @@ class Sherl(Transform):
         untouched, here = ([], here) if self.late_layers else (here[:-1], here[-1:])
         check_divides(METHOD, model, self.reduction, {"hidden_size": here[0].width})
         taps = [self._taps(model, place, here) for place in here]
-        yield from frozen_edits(model, METHOD, dropout=self.backbone_dropout)
+        runners: list[OneRun] = []
+        yield from frozen_edits(model, METHOD, dropout=self.backbone_dropout, runners=runners)
         yield from untouched_edits(model, untouched)
         link = Link() if len(here) > 1 else None
         part = Aggregation(here)
@@ -123,7 +125,7 @@ class Sherl(Transform):
             yield FrozenStackEdit(
                 blocks=place.blocks,
                 inside=inside(model, place.blocks),
-                runner=functools.partial(_runner, place, link, late),
+                runner=functools.partial(_runner, runners, place, link, late),
                 part=part,
                 note=f"{len(place.blocks) - late} late blocks",
             )
@@ -257,13 +259,14 @@ class SherlTape:
         self.found, self.split = [first], split
 
 
-class SherlRunner(StackRunner):
+class SherlRunner(OneRun):
     """Runs the early blocks without a graph and the late ones, frozen too, with one."""
 
     def __init__(self, net: SherlNet, link: Link | None, late: int, encoder: bool):
         self.net, self.link, self.late, self.encoder = net, link, late, encoder
 
     def open(self, hidden: Any) -> SherlTape:
+        self.begin(METHOD)
         if hidden.shape[-1] != self.net.width:
             raise UnsupportedModelError(
                 f"{METHOD}: the blocks take states of shape {tuple(hidden.shape)}, whose last dimension is not the "
@@ -294,8 +297,10 @@ class SherlRunner(StackRunner):
         return with_first(out, joined)
 
 
-def _runner(place: Place, link: Link | None, late: int) -> SherlRunner:
-    return SherlRunner(place.side, link, late, encoder=not place.final)
+def _runner(runners: list[OneRun], place: Place, link: Link | None, late: int) -> SherlRunner:
+    made = SherlRunner(place.side, link, late, encoder=not place.final)
+    runners.append(made)
+    return made
 
 
 class Aggregation(Part):
