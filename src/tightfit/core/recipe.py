@@ -21,7 +21,10 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Recipe:
-    """An ordered collection of transforms, compared by value. Build one with `chain`."""
+    """A collection of transforms, compared by value. Build one with `chain`.
+
+    Their order counts when two recipes are compared; it does not matter to what is done.
+    """
 
     transforms: tuple[Transform, ...] = ()
 
