@@ -167,6 +167,9 @@ def test_usage_errors_are_wrong_input_too(recipe):
     assert run("train").exit_code == 2
     assert run("plan", recipe, "--bugdet", "1GiB").exit_code == 2
     assert "--methods" in refused("compare", recipe, recipe, "--methods", "lora")
+    assert "train.epochs=1, accepted are recipe files" in refused(
+        "compare", recipe, "train.epochs=1", "--methods", "lora"
+    )
     assert "unknown name 'loraa'" in refused("compare", recipe, "--methods", "loraa")
     assert "more than once" in refused("compare", recipe, "--methods", "lora,lora")
 

@@ -90,6 +90,9 @@ def run_train(path: Path, overrides: list[str], resume: bool) -> None:
 
 
 def run_compare(paths: list[Path], methods: str | None, output: Path | None, resume: bool, as_json: bool) -> None:
+    key = next((path for path in paths if "=" in path.name and not path.exists()), None)
+    if key is not None:
+        raise RecipeError(f"compare: got {key}, accepted are recipe files; change the key in the file")
     if methods is not None and len(paths) > 1:
         raise RecipeError(f"--methods: accepted with one recipe file, {len(paths)} were given")
     quiet()
