@@ -3,6 +3,7 @@
 import models
 import pytest
 import torch
+import transformers as hf
 from checks.state import assert_same, gradients, snapshot
 from reversible_cases import deep
 from torch import nn
@@ -78,6 +79,17 @@ def test_overflow_and_what_is_no_number_name_the_block():
         broken = deep("llama", 4)
         broken.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
         tightfit.apply(broken, Reversible())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_blocks_that_run_several_times_each(groups):
+    sizes = {**models.SIZE, "num_hidden_layers": 4, "num_hidden_groups": groups, "embedding_size": 16}
+    model = hf.AlbertForSequenceClassification(hf.AlbertConfig(**sizes, vocab_size=models.VOCABULARY))
+    if groups > 1:
+        with pytest.raises(UnsupportedModelError, match="runs each of them several times"):
+            tightfit.apply(model, Reversible())
+    else:  # a stack of one block, four times
+        assert torch.isfinite(gradients(tightfit.apply(model, Reversible()).model, models.batch(model))[0])
 
 
 def test_a_model_that_changes_states_between_blocks():

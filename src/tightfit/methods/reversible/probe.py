@@ -47,7 +47,8 @@ def probe(model: nn.Module, stacks: Sequence[Sequence[str]], check: Check | None
 
     Raises:
         UntriedError: no batch is known for the model, or it does not run on the one that is.
-        UnsupportedModelError: a block changes the shape of the states, or the model changes them between two blocks.
+        UnsupportedModelError: a block changes the shape of the states, the model changes them between two blocks, or it
+            runs the blocks in turns.
         StateError: the states are not finite.
     """
     try:
@@ -94,8 +95,14 @@ def _watched(model: nn.Module, blocks: Sequence[str], findings: Findings, check:
 
         return hook
 
-    def leave(name: str, first: bool):
+    def leave(name: str, at: int):
         def hook(module, args, kwargs, out):
+            if at <= last.get("at", -1) < len(blocks) - 1:
+                raise UnsupportedModelError(
+                    f"Reversible: {type(model).__name__} runs {name} after {blocks[last['at']]}, but a stack must run "
+                    f"from its first block to its last (ALBERT with several groups runs each of them several times)"
+                )
+            last["at"] = at
             hidden, others, named = split_call(args, kwargs)
             state = out if torch.is_tensor(out) else out[0]
             if state.shape != hidden.shape:
@@ -103,7 +110,7 @@ def _watched(model: nn.Module, blocks: Sequence[str], findings: Findings, check:
                     f"Reversible: block {name} changes the shape of the states from {tuple(hidden.shape)} to "
                     f"{tuple(state.shape)}; leave it out with span=..."
                 )
-            if not first and hfmodel.storage_key(hidden) != last["key"]:
+            if at and hfmodel.storage_key(hidden) != last["key"]:
                 raise UnsupportedModelError(
                     f"Reversible: {type(model).__name__} changes the states between its blocks, before {name}; leave "
                     f"that place out with span=..."
@@ -127,7 +134,7 @@ def _watched(model: nn.Module, blocks: Sequence[str], findings: Findings, check:
         for at, name in enumerate(blocks):
             block = model.get_submodule(name)
             handles.append(block.register_forward_pre_hook(enter(name), with_kwargs=True))
-            handles.append(block.register_forward_hook(leave(name, at == 0), with_kwargs=True))
+            handles.append(block.register_forward_hook(leave(name, at), with_kwargs=True))
         yield
     finally:
         for handle in handles:
