@@ -177,9 +177,12 @@ def plan(
         model: a real model or a `skeleton`.
         recipe: a recipe, one transform, a list of them, or None for the stock step.
         batch: what the model is called with, as a dict of tensors, or `(batch_size, length)` for a padded batch.
-        optimizer: one of `tightfit.core.simulate.OPTIMIZERS`, or a callable from parameters to an optimizer.
+        optimizer: "adamw", "adamw-foreach", "adamw-fused", "sgd", "sgd-momentum", "adafactor", "adamw-8bit", or a
+            callable from parameters to an optimizer.
         fallback: "measure" runs real steps on a copy of the model where the step cannot be simulated.
-        **options: further options of `tightfit.core.simulate.simulate`: `clip`, `autocast`, `loss`, `device`, ...
+        **options: of the step: `clip` (the largest gradient norm), `autocast` (a dtype), `loss` (from the outputs to a
+            scalar; default: their `loss`), `accumulate` (micro-batches), `device` ("cpu", or "cuda", which is
+            modelled), `train` (False: a forward in evaluation mode), `extrapolate` (False: simulate every block).
 
     Raises:
         DataError: a malformed batch, or one that the model cannot be called with.

@@ -94,7 +94,7 @@ def recommend(
         limit: most choices returned.
         elsewhere: the budget is for another machine, so this one's memory does not bound it.
         progress: called with the number of steps simulated and the number still expected.
-        **options: further options of `plan`: `clip`, `autocast`, `loss`, `device`, ...
+        **options: as for `plan`, but for `accumulate` and `train`.
 
     Raises:
         BudgetError: a malformed budget, one above this machine's memory, or nothing fits: then the message names the
