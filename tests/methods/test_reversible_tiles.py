@@ -148,6 +148,8 @@ def test_blocks_that_run_whole(tiled):
     bloom = hf.BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=models.VOCABULARY)
     step(hf.BloomForCausalLM(bloom).train())
     step(models.build("t5"))
+    experts = hf.MixtralConfig(**WIDE, num_hidden_layers=1, num_key_value_heads=2, num_local_experts=2)
+    step(hf.MixtralForCausalLM(experts).train())
     watched = adapted(models.build("llama"))
     seen = []
     watched.get_submodule("model.layers.0.mlp").register_forward_hook(lambda m, a, out: seen.append(out.shape))
@@ -155,6 +157,20 @@ def test_blocks_that_run_whole(tiled):
     watched(**batch).loss.backward()
     assert tiled == [4]  # the other block
     assert seen == [torch.Size((4, 9, 32))] * 2
+
+
+class Mixing(torch.nn.Module):
+    """An MLP's activation that sees the token before, as a convolution does."""
+
+    def forward(self, x):
+        return torch.nn.functional.silu(x + x.roll(1, dims=1))
+
+
+def test_what_mixes_tokens_behind_the_attention_runs_whole(tiled):
+    model = models.build("llama")
+    model.model.layers[0].mlp.act_fn = Mixing()
+    step(model)
+    assert tiled == [4]  # the other block
 
 
 def test_an_evaluation_runs_whole_blocks(tiled, monkeypatch):

@@ -201,9 +201,11 @@ class Reversible(Transform):
         yield LeavingEdit(coupling=part)
 
     def _tileable(self, model: nn.Module, names: list[str], post_norm: bool) -> dict[str, Mlp]:
-        """The blocks that seem to be an attention and an MLP behind it."""
+        """The blocks that seem to be an attention and an MLP behind it; not those of experts with little room."""
         found = {}
         for name in names if self.tiles > 1 else ():
+            if any("expert" in inner or "router" in inner for inner, _ in model.get_submodule(name).named_modules()):
+                continue
             with contextlib.suppress(UnsupportedModelError):
                 mlp = mlp_of(model, name)
                 layers_of(model, name, mlp, post_norm)

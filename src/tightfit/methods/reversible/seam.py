@@ -175,7 +175,7 @@ def check_cut(model: nn.Module, places: dict[str, Mlp], post_norm: bool, *, drop
 
     Args:
         places: the blocks, with their MLPs.
-        drop: take blocks of which that is not true to the bit out of `places`.
+        drop: take blocks of which that is not true to the bit, or whose second half mixes tokens, out of `places`.
 
     Raises (when called):
         UnsupportedModelError: without `drop`, they are not.
@@ -209,16 +209,25 @@ def _compare(
             half = _first(seam.run(1, block.forward, hidden, args, kwargs))
             rest = seam.run(2, block.forward, half, args, kwargs)
             both = _first(rest)
+            tiles = half.reshape(1, -1, half.shape[-1]).tensor_split(5, dim=1) if to_the_bit else ()
+            parts = [_first(seam.run(2, block.forward, tile, args, kwargs)) for tile in tiles]
     except Exception as error:
         raise UnsupportedModelError(f"{_no_halves(name)} ({type(error).__name__}: {error})") from error
     apart = not torch.equal(half, hidden) and not torch.equal(half, whole)
     if to_the_bit:
         alone = torch.is_tensor(rest) or not any(map(torch.is_tensor, rest[1:]))
-        same = torch.equal(both, whole) and alone
+        same = torch.equal(both, whole) and alone and _rounded_alike(torch.cat(parts, 1).view_as(whole), whole, half)
     else:
         same = torch.allclose(both, whole, rtol=1e-2, atol=1e-3 * float(whole.abs().max()))
     if not (apart and same):
         raise UnsupportedModelError(_no_halves(name))
+
+
+def _rounded_alike(found: Tensor, wanted: Tensor, half: Tensor) -> bool:
+    """Whether sums of `half` and something else are the same but for how the something and the sums were rounded."""
+    eps = torch.finfo(wanted.dtype).eps
+    other = (wanted - half).float().square().mean().sqrt() * max(8 * eps, 64 * torch.finfo(torch.float32).eps)
+    return bool(((found - wanted).abs() <= 4 * eps * (wanted.abs() + half.abs()) + other).all())
 
 
 @contextlib.contextmanager
