@@ -248,6 +248,7 @@ def test_a_merge_that_one_adapter_refuses_leaves_the_others():
         ),
         (
             {"config": {"peft_type": "LORA", "trainable_token_indices": [1]}},
+        ({"config": {"peft_type": "SHIRA"}}, ValueError, r"SHIRA .* keeps them in no tensor of the model"),
             ValueError,
             r"trainable_token_indices changes parameters",
         ),

@@ -178,6 +178,11 @@ def _checked_config(config: Any) -> dict[str, Any]:
         )
     config.pop("peft_version", None)
     fields = {f.name: f for f in dataclasses.fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)])}
+    if kind == "SHIRA":
+        raise ValueError(
+            f"Lora(config=...): {kind} draws the places of the weights that it trains and keeps them in no tensor of "
+            f"the model, so its result could not be loaded; use peft.get_peft_model for it"
+        )
     unknown = sorted(set(config) - set(fields))
     if unknown:
         raise ValueError(f"Lora(config=...): {kind} has no field {unknown[0]!r}{near(unknown[0], sorted(fields))}")
