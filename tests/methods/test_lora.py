@@ -217,14 +217,16 @@ def test_modules_that_were_put_there_since_stay(leave):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_merge_that_one_adapter_refuses_leaves_the_others():
+def test_a_merge_that_one_adapter_refuses_leaves_the_others(tmp_path):
     model = qwen2()
     config = {"peft_type": "LORA", "target_modules": ["q_proj", "o_proj"], "lora_bias": True}
     applied = tightfit.apply(model, Lora(config=config))
     batch, live = trained_logits(model, applied)
     with pytest.raises(tightfit.StateError, match=r"the adapter of .*o_proj cannot be merged .*lora_bias"):
         applied.merge()
-    assert torch.equal(logits(model, batch), live)
+    with pytest.raises(tightfit.StateError, match=r"export\(\): the adapter of .*o_proj cannot be merged .*lora_bias"):
+        applied.export(tmp_path / "out")
+    assert torch.equal(logits(model, batch), live) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -349,10 +349,10 @@ class _AdapterHandle(Handle):
         waits = not has_sharded(model)
         last = _LastMerged()
         for name, layer in layers.items():
-            found = _stock_part(layer).state_dict() if waits else _merged(layer).state_dict()
+            found = _stock_part(layer).state_dict() if waits else _mergeable("export", name, layer).state_dict()
             for key, value in found.items():
                 if waits:
-                    value = Later(value, functools.partial(last.tensor, layer, key))
+                    value = Later(value, functools.partial(last.tensor, name, layer, key))
                 merged[f"{name}.{key}"] = value
         stock: dict[str, torch.Tensor] = {}
         for key, value in state.items():
@@ -421,10 +421,10 @@ class _LastMerged:
         self.layer: Any = None
         self.state: dict[str, torch.Tensor] = {}
 
-    def tensor(self, layer: Any, key: str) -> torch.Tensor:
+    def tensor(self, name: str, layer: Any, key: str) -> torch.Tensor:
         if layer is not self.layer:
             self.layer, self.state = None, {}
-            self.layer, self.state = layer, dict(_merged(layer).state_dict())
+            self.layer, self.state = layer, dict(_mergeable("export", name, layer).state_dict())
         value = self.state.pop(key, None)
         if value is None:
             value = dict(_merged(layer).state_dict())[key]
@@ -462,6 +462,14 @@ def _gather(module: nn.Module) -> None:
                 part._parameters[key] = nn.Parameter(whole(parameter), requires_grad=False)
 
 
+def _mergeable(verb: str, name: str, layer: Any) -> nn.Module:
+    """`_merged`, with the name of an adapter that has no such result. Raises: StateError."""
+    try:
+        return _merged(layer)
+    except (RuntimeError, ValueError) as error:
+        raise StateError(f"{verb}(): the adapter of {name} cannot be merged ({error}); save() it instead") from error
+
+
 def _own_parameters(module: nn.Module) -> None:
     for part in module.modules():
         for key, parameter in part._parameters.items():
@@ -482,10 +490,7 @@ def _refuse_half_merged(model: nn.Module, layers: dict[str, Any]) -> None:
     elsewhere = {id(p) for m in model.modules() if id(m) not in inside for p in m._parameters.values()}
     changed: dict[int, tuple[str, torch.Tensor]] = {}
     for name, layer in layers.items():
-        try:
-            merged = _merged(layer)
-        except (RuntimeError, ValueError) as error:
-            raise StateError(f"merge(): the adapter of {name} cannot be merged ({error}); save() it instead") from error
+        merged = _mergeable("merge", name, layer)
         for key, parameter in _stock_part(layer).named_parameters():
             at, value = id(parameter), merged.get_parameter(key)
             other = ("", parameter) if at in elsewhere else changed.get(at)
