@@ -248,9 +248,9 @@ def test_a_merge_that_one_adapter_refuses_leaves_the_others(tmp_path):
             ValueError,
             r"ADALORA .* shares out its ranks .*get_peft_model",
         ),
+        ({"config": {"peft_type": "SHIRA"}}, ValueError, r"SHIRA .* keeps them in no tensor of the model"),
         (
             {"config": {"peft_type": "LORA", "trainable_token_indices": [1]}},
-        ({"config": {"peft_type": "SHIRA"}}, ValueError, r"SHIRA .* keeps them in no tensor of the model"),
             ValueError,
             r"trainable_token_indices changes parameters",
         ),
@@ -268,7 +268,10 @@ def test_adapters_that_begin_with_a_part_of_the_weights(start, tmp_path):
     recipe = Lora(config=peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=start))
     batch = models.batch(model)
     before, told = snapshot(model), logits(model, batch)
-    tightfit.plan(model, recipe, batch=(2, 8))
+    planned = tightfit.plan(model, recipe, batch=(2, 8))
+    copied = sum(p.nbytes for name, p in model.named_parameters() if "q_proj" in name or "down_proj" in name)
+    assert planned.by_category["host"] == copied
+    assert abs(planned.verify().peak_error) < 1e-3
     assert_same(before, snapshot(model))
     applied = tightfit.apply(model, recipe)
     torch.testing.assert_close(logits(model, batch), told, rtol=1e-4, atol=1e-4)

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from tightfit.core import hfmodel
-from tightfit.core.edits import Claim, Edit, Handle, is_planning
+from tightfit.core.edits import Claim, Edit, Handle, Part, is_planning
 from tightfit.core.errors import StateError, UnsupportedModelError, shorten
 from tightfit.core.fields import check_bool, check_float, check_int, check_selector, near
+from tightfit.core.host import to_host
 from tightfit.core.later import Later
 from tightfit.core.new_modules import own_random
 from tightfit.core.parameter import has_sharded, is_sharded, whole
@@ -121,7 +122,8 @@ class Lora(Transform):
         config = self._peft_config(model, targets)
         # a peft config chooses its layers itself, so any in the blocks may be among them
         may = tuple(targets or hfmodel.block_linears(model))
-        yield AdapterEdit(targets=tuple(targets), may_touch=may, config=config, head=head, note=note)
+        part = Copies() if _takes_from_base(config) else None
+        yield AdapterEdit(targets=tuple(targets), may_touch=may, config=config, head=head, note=note, part=part)
 
     def _targets(self, model: nn.Module) -> list[str]:
         if self.config is not None:
@@ -176,13 +178,13 @@ def _checked_config(config: Any) -> dict[str, Any]:
             f"Lora(config=...): {kind} adds to the loss, and shares out its ranks when the script calls "
             f"update_and_allocate() of PEFT's own model, which a recipe does not have; use peft.get_peft_model for it"
         )
-    config.pop("peft_version", None)
-    fields = {f.name: f for f in dataclasses.fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)])}
     if kind == "SHIRA":
         raise ValueError(
             f"Lora(config=...): {kind} draws the places of the weights that it trains and keeps them in no tensor of "
             f"the model, so its result could not be loaded; use peft.get_peft_model for it"
         )
+    config.pop("peft_version", None)
+    fields = {f.name: f for f in dataclasses.fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)])}
     unknown = sorted(set(config) - set(fields))
     if unknown:
         raise ValueError(f"Lora(config=...): {kind} has no field {unknown[0]!r}{near(unknown[0], sorted(fields))}")
@@ -236,6 +238,7 @@ class AdapterEdit(Edit):
     may_touch: tuple[str, ...]
     config: Any
     head: tuple[str, ...]
+    part: Copies | None = None
 
     @property
     def target(self) -> str:
@@ -246,6 +249,36 @@ class AdapterEdit(Edit):
 
     def run(self, model: nn.Module) -> Handle:
         return _AdapterHandle(model, self)
+
+
+class Copies(Part):
+    """Weights as they were before adapters took a part of them, in host memory."""
+
+    def __init__(self) -> None:
+        self.weights: list[tuple[nn.Parameter, torch.Tensor]] = []
+
+    def take(self, model: nn.Module) -> None:
+        """Copy every weight; which ones the adapters will change PEFT alone knows."""
+        self.weights = [(p, to_host(p)) for p in model.parameters()]
+
+    def keep_changed(self, model: nn.Module) -> None:
+        """Let go of what the adapters have left alone; a model without values shows only where they are."""
+        under = {id(getattr(_stock_part(layer), "weight", None)) for _, layer in _adapters(model)}
+
+        def changed(parameter: nn.Parameter, value: torch.Tensor) -> bool:
+            return id(parameter) in under if value.is_meta else not torch.equal(parameter.detach().cpu(), value)
+
+        self.weights = [(p, value) for p, value in self.weights if changed(p, value)]
+
+    def put_back(self) -> None:
+        """Give the weights their values again."""
+        with torch.no_grad():
+            for parameter, value in self.weights:
+                if not value.is_meta:
+                    parameter.copy_(value)
+
+    def host_bytes(self) -> int:
+        return sum(value.nbytes for _, value in self.weights)
 
 
 _Swap = tuple[nn.Module, str, nn.Module | None, nn.Module | None]
@@ -270,13 +303,15 @@ class _AdapterHandle(Handle):
         before = [(module, dict(module._modules)) for module in model.modules()]
         self.flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         head = {name: model.get_parameter(name).requires_grad for name in edit.head}
-        self.weights = _copies(model) if _takes_from_base(edit.config) else []
+        self.copies = edit.part
+        if self.copies is not None:
+            self.copies.take(model)
         try:
             if is_planning():
                 self._plan(model, edit.config)
                 _in_dtype_of_base(model)
             else:
-                with _repeatable(model) if self.weights else contextlib.nullcontext():
+                with _repeatable(model) if self.copies is not None else contextlib.nullcontext():
                     peft.inject_adapter_in_model(edit.config, model, adapter_name=ADAPTER)
             cast_adapter_dtype(model, ADAPTER)
             self.swaps = _swaps(before)
@@ -284,7 +319,8 @@ class _AdapterHandle(Handle):
             self.swaps = _swaps(before)
             self.undo(model)
             raise
-        self.weights = [(p, value) for p, value in self.weights if not torch.equal(p.detach().cpu(), value)]
+        if self.copies is not None:
+            self.copies.keep_changed(model)
         for name, parameter in model.named_parameters():
             if name in head:  # it has another name now where it got an adapter itself
                 parameter.requires_grad_(head[name])
@@ -303,9 +339,8 @@ class _AdapterHandle(Handle):
 
     def undo(self, model: nn.Module) -> None:
         self._take_off(model)
-        with torch.no_grad():
-            for parameter, value in self.weights:
-                parameter.copy_(value)
+        if self.copies is not None:
+            self.copies.put_back()
 
     def _take_off(self, model: nn.Module) -> None:
         for parent, name, stock, adapter in self.swaps:
@@ -383,11 +418,6 @@ def _repeatable(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _copies(model: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    """The parameters and their values, on the host."""
-    return [(p, p.detach().to("cpu", copy=True)) for p in model.parameters() if p.device.type != "meta"]
-
-
 def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """PEFT's layers around stock modules: adapters, and trainable copies (`modules_to_save`)."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -432,6 +462,14 @@ class _LastMerged:
         return value.clone() if "modules_to_save" in layer._modules else value
 
 
+def _mergeable(verb: str, name: str, layer: Any) -> nn.Module:
+    """`_merged`, with the name of an adapter that has no such result. Raises: StateError."""
+    try:
+        return _merged(layer)
+    except (RuntimeError, ValueError) as error:
+        raise StateError(f"{verb}(): the adapter of {name} cannot be merged ({error}); save() it instead") from error
+
+
 def _merged(layer: Any) -> nn.Module:
     """A copy of the layer's stock module with the adapter's result in it; the layer itself is not touched."""
     if "modules_to_save" in layer._modules:
@@ -460,14 +498,6 @@ def _gather(module: nn.Module) -> None:
         for key, parameter in part._parameters.items():
             if parameter is not None and is_sharded(parameter):
                 part._parameters[key] = nn.Parameter(whole(parameter), requires_grad=False)
-
-
-def _mergeable(verb: str, name: str, layer: Any) -> nn.Module:
-    """`_merged`, with the name of an adapter that has no such result. Raises: StateError."""
-    try:
-        return _merged(layer)
-    except (RuntimeError, ValueError) as error:
-        raise StateError(f"{verb}(): the adapter of {name} cannot be merged ({error}); save() it instead") from error
 
 
 def _own_parameters(module: nn.Module) -> None:
