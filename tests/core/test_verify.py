@@ -25,8 +25,9 @@ BOTH = tightfit.chain(tightfit.Lora(rank=2), tightfit.Checkpointing())
 )
 def test_every_phase_is_as_predicted(make, recipe, options):
     model = make()
-    before = copy.deepcopy(model.state_dict())
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     found = tightfit.plan(model, recipe, batch=(4, 32), **options).verify()
+    assert torch.equal(torch.get_rng_state(), state)
     assert abs(found.peak_error) < 1e-3
     rows = {name: (predicted, measured) for name, predicted, measured in found.rows()}
     assert set(rows) >= {"peak", "forward", "backward", "optimizer", "zero grad", "saved for backward"}

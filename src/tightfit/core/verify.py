@@ -130,7 +130,8 @@ def run_step(
 ) -> RealStep:
     """Run real training steps under a recipe and account for the memory of one of them.
 
-    A first step makes the optimizer's state, a second one is measured, a third one counted for what it saves.
+    A first step makes the optimizer's state, a second one is measured, a third one counted for what it saves. The
+    random state is afterwards what it was before.
 
     Args:
         model: with weights.
@@ -161,41 +162,43 @@ def run_step(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise StateError("verify: the plan is for a GPU and this machine has none; plan with device='cpu', or go there")
     kind = torch.device(device).type
-    gc.collect()
-    others = live_bytes(kind) - (_own_bytes(model, kind) if in_place else 0)
-    twin = model if in_place else copy.deepcopy(model)
-    applied = apply(twin.to(device).train(), recipe)
-    inputs = {k: v.to(device, copy=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-    def step(phase: Phase = lambda name: contextlib.nullcontext()) -> None:
-        for _ in range(accumulate):
-            with phase("forward"), torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
-                outputs = twin(**inputs)
-                found = loss_of(outputs, loss)
-                del outputs
-            with phase("backward"):
-                found.backward()
-                del found
-        if clip is not None:
-            with phase("clip"):
-                nn.utils.clip_grad_norm_(applied.parameters(), clip)
-        with phase("optimizer"):
-            stepper.step()
-        with phase("zero_grad"):
-            stepper.zero_grad()
-
-    try:
-        stepper = applied.adopt(_optimizer(optimizer, applied, kind))
-        step()
+    # a run that comes after draws the same numbers as without this one
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if kind == "cuda" else []):
         gc.collect()
-        levels = _levels_cuda(step) if kind == "cuda" else _levels_cpu(step)
-        kept = saved_bytes(step)
-        state = [t for s in stepper.state.values() for t in s.values() if torch.is_tensor(t)]
-        trained = [p for p in applied.parameters() if p.requires_grad]
-        weights = _own_bytes(twin, kind)
-    finally:
-        if in_place:
-            applied.remove()
+        others = live_bytes(kind) - (_own_bytes(model, kind) if in_place else 0)
+        twin = model if in_place else copy.deepcopy(model)
+        applied = apply(twin.to(device).train(), recipe)
+        inputs = {k: v.to(device, copy=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+        def step(phase: Phase = lambda name: contextlib.nullcontext()) -> None:
+            for _ in range(accumulate):
+                with phase("forward"), torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
+                    outputs = twin(**inputs)
+                    found = loss_of(outputs, loss)
+                    del outputs
+                with phase("backward"):
+                    found.backward()
+                    del found
+            if clip is not None:
+                with phase("clip"):
+                    nn.utils.clip_grad_norm_(applied.parameters(), clip)
+            with phase("optimizer"):
+                stepper.step()
+            with phase("zero_grad"):
+                stepper.zero_grad()
+
+        try:
+            stepper = applied.adopt(_optimizer(optimizer, applied, kind))
+            step()
+            gc.collect()
+            levels = _levels_cuda(step) if kind == "cuda" else _levels_cpu(step)
+            kept = saved_bytes(step)
+            state = [t for s in stepper.state.values() for t in s.values() if torch.is_tensor(t)]
+            trained = [p for p in applied.parameters() if p.requires_grad]
+            weights = _own_bytes(twin, kind)
+        finally:
+            if in_place:
+                applied.remove()
     levels = {name: [level - others for level in values] for name, values in levels.items()}
     phases = {name: max(values) for name, values in levels.items()}
     by_category = {
