@@ -192,12 +192,24 @@ def test_adapters_alone_need_a_method_that_makes_one(model):
         tightfit.recommend(model, batch=BATCH, budget="1GiB", tune="adapters", methods=[tightfit.Checkpointing])
 
 
-def test_a_shorter_sequence_that_would_fit_is_named(model):
-    smallest = tightfit.plan(model, batch=(1, 64), accumulate=2)
-    shorter = tightfit.plan(model, batch=(1, 32), accumulate=2)
-    budget = (need(smallest) + need(shorter)) // 2
-    with pytest.raises(tightfit.BudgetError, match="with it, sequences of 32 tokens would fit"):
-        tightfit.recommend(model, batch=BATCH, budget=budget, methods=[])
+@pytest.mark.parametrize(
+    ("rows", "length"),
+    [
+        (8, 32),
+        pytest.param(8, 128, marks=pytest.mark.slow),
+        pytest.param(1, 16, marks=pytest.mark.slow),
+        (1, 64),
+    ],
+)
+def test_the_longest_half_that_fits_is_named(rows, length):
+    """As a micro-batch of one row, the later ones of which find gradients there."""
+    config = BertConfig(**SIZES, vocab_size=200, max_position_embeddings=256)
+    model = tightfit.skeleton(config, task="sequence-classification")
+    budget = need(tightfit.plan(model, batch=(1, length), accumulate=min(2, rows)))
+    for given, words in ((budget, f"with it, sequences of {length} tokens would fit"), (budget - 1, "fit")):
+        with pytest.raises(tightfit.BudgetError, match=words) as caught:
+            tightfit.recommend(model, batch=(rows, 256), budget=given, methods=[])
+        assert (f"of {length} tokens" in str(caught.value)) == (given == budget)
 
 
 @pytest.mark.parametrize(

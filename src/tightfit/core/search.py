@@ -7,6 +7,8 @@ simulated, goes back with what it really takes, and is an answer once it is stil
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import heapq
 import itertools
 import math
@@ -17,8 +19,8 @@ from torch import nn
 
 from tightfit.core.batch import Batch, length_of, rows_of
 from tightfit.core.errors import BudgetError, SimulationError, StateError, UnsupportedModelError
-from tightfit.core.fitting import Fit, Fitting, estimate, need
-from tightfit.core.plan import Plan, mib
+from tightfit.core.fitting import Fit, Fitting, need
+from tightfit.core.plan import mib
 from tightfit.core.recipe import Recipe, chain
 from tightfit.core.timing import MEDIAN_ERROR
 from tightfit.core.transform import Transform
@@ -278,7 +280,7 @@ class Search:
             f"budget: no recipe fits {_shown(budget)}; the smallest peak found is {mib(need(found))}, of {recipe} with "
             f"{size} row{'s' if size > 1 else ''} at a time"
         )
-        shorter = self._shorter(recipe, found)
+        shorter = self._shorter(recipe)
         if shorter is not None:
             return BudgetError(f"{message}; with it, sequences of {shorter} tokens would fit")
         return BudgetError(f"{message}; give at least that much, allow more methods, or take a smaller model")
@@ -300,22 +302,21 @@ class Search:
         drafts.sort(key=lambda draft: (draft.static_bytes, -len(draft.recipe)))
         return [draft.recipe for draft in drafts[:3]]
 
-    def _shorter(self, recipe: Recipe, found: Plan) -> int | None:
+    def _shorter(self, recipe: Recipe) -> int | None:
         """The largest half, quarter, ... of the batch's length at which the recipe fits."""
-        length = length_of(self.batch)
-        options = {**self.fitting.options, "accumulate": min(2, self.fitting.effective)}
-        full, tries = length or 0, 0
-        while length is not None and length > 16 and tries < 3:
+        length, halves = length_of(self.batch) or 0, []
+        while length > 16:
             length //= 2
-            if estimate(found.simulation, length / full) > self.fitting.budget:
-                continue
-            tries += 1
-            try:
-                shorter = self.fitting.draft(recipe).plan((1, length), self.fitting.optimizer, options)
-            except _REFUSALS:
-                return None
-            if need(shorter) <= self.fitting.budget:
-                return length
+            halves.append(length)
+        options = {**self.fitting.options, "accumulate": min(2, self.fitting.effective)}
+
+        def fits(length: int) -> bool:
+            found = self.fitting.draft(recipe).plan((1, length), self.fitting.optimizer, options)
+            return need(found) <= self.fitting.budget
+
+        with contextlib.suppress(*_REFUSALS):
+            at = bisect.bisect_left(halves, True, key=fits)
+            return halves[at] if at < len(halves) else None
         return None
 
 
