@@ -1,6 +1,7 @@
 """Recommended recipes: they fit when run for real, they come in the promised order, and what is refused says why."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import models
 import pytest
@@ -9,7 +10,7 @@ from checks.transforms import HalfTable, OwnLinear
 from transformers import BertConfig, BertForSequenceClassification
 
 import tightfit
-from tightfit.core.fitting import MARGIN, Fit, estimate, need
+from tightfit.core.fitting import MARGIN, ROUGH, Fit, Fitting, estimate, need
 from tightfit.core.recommend import best_first, candidates
 from tightfit.core.search import INDIFFERENT, Search
 from tightfit.core.transform import Transform
@@ -146,6 +147,134 @@ def test_the_estimate_of_a_smaller_batch_is_near(model, recipe):
     for size in (4, 1):
         part = tightfit.plan(model, recipe, batch=(size, BATCH[1]), accumulate=2)
         assert estimate(whole.simulation, size / BATCH[0]) == pytest.approx(part.peak_bytes, rel=0.1)
+
+
+# What is known of one recipe, from steps that were simulated
+
+
+def planned(peak, *, slack=0, device="cpu", measured=False, notes=()):
+    """A plan of which one row in eight takes an eighth."""
+    categories = {"weights": [0], "gradients": [0], "optimizer": [0], "activations": [peak], "temporary": [0]}
+    timeline = SimpleNamespace(phases=["forward"], categories=categories)
+    source = SimpleNamespace(options={"device": device})
+    simulation = SimpleNamespace(slack_bytes=slack, timeline=timeline)
+    return SimpleNamespace(peak_bytes=peak, simulation=simulation, source=source, measured=measured, notes=notes)
+
+
+@pytest.fixture
+def fitting(model):
+    return Fitting(model, BATCH, 1000, BATCH[0], {"optimizer": "adamw"}, lambda count: None)
+
+
+def test_what_a_plan_needs_at_worst():
+    assert need(planned(1000, slack=100)) == 1103
+    assert need(planned(1000, slack=100, device="cuda")) == 1166
+    assert need(planned(1000, measured=True)) == 1000
+
+
+def test_a_gradient_stands_beside_the_sum_it_is_added_to():
+    categories = {
+        "weights": [10, 10, 10, 10],
+        "gradients": [0, 30, 50, 50],
+        "optimizer": [20, 20, 20, 20],
+        "activations": [400, 200, 0, 0],
+        "temporary": [0, 0, 0, 8],
+    }
+    phases = ["forward", "backward", "backward", "optimizer"]
+    step = SimpleNamespace(timeline=SimpleNamespace(phases=phases, categories=categories))
+    assert estimate(step, 1) == 80 + 400
+    assert estimate(step, 1 / 16) == 80 + 30 + 200 / 16 - 0.5
+    assert estimate(step, 0) == 80 + 30
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({8: 1900}, 4),  # the most rows that are guessed to fit
+        ({8: 1900, 4: 1050}, 2),
+        ({8: 1900, 4: 900}, None),
+        ({1: 200}, 4),
+        ({2: 1900}, 1),
+        ({2: round(2 * ROUGH * 990)}, 1),  # the guess may be that much above the truth
+        ({2: round(2 * ROUGH * 1010)}, None),
+        ({1: 1001}, None),
+    ],
+)
+def test_the_next_micro_batch_to_simulate(fitting, known, expected):
+    for size, peak in known.items():
+        fitting.plans[tightfit.chain(), size] = planned(peak)
+    assert fitting.next_size(tightfit.chain()) == expected
+
+
+def test_a_guess_from_a_step_that_accumulated_goes_by_what_that_one_needed(fitting, monkeypatch):
+    recipe = tightfit.chain()
+    monkeypatch.setattr("tightfit.core.fitting.estimate", lambda simulation, share: 600 * share)
+    fitting.plans[recipe, 8] = planned(800)
+    assert fitting.guess(recipe, 4) == 300
+    fitting.plans[recipe, 4] = planned(1200)
+    assert fitting.guess(recipe, 2) == pytest.approx(300 * need(planned(1200)) / 600)
+
+
+def test_a_recipe_is_settled_at_the_most_rows_that_fit(fitting):
+    recipe = tightfit.chain()
+    fitting.made = lambda recipe, size: size
+    fitting.plans |= {(recipe, size): planned(size * 200) for size in (1, 4, 8)}
+    assert fitting.settled(recipe) == 4
+    fitting.budget = 100
+    assert fitting.settled(recipe) is None
+
+
+@pytest.mark.parametrize(("peak", "kept"), [(990, True), (999, False)])
+def test_an_extended_plan_is_checked_before_it_is_an_answer(fitting, monkeypatch, peak, kept):
+    checked = planned(peak)
+    monkeypatch.setattr(fitting, "_simulated", lambda draft, size, options: checked)
+    found = Fit(tightfit.chain(), planned(900, notes=("extended from 2 and 3 of 8 like blocks per stack",)), 8, 1, 1.0)
+    again = fitting.checked(found)
+    assert (again is not None and again.plan is checked) if kept else again is None
+    whole = dataclasses.replace(found, plan=planned(900))
+    assert fitting.checked(whole) is whole
+
+
+@pytest.mark.parametrize(("spared", "may"), [(2, True), (4, False)])
+def test_a_stronger_value_is_tried_where_it_may_take_enough_away(fitting, spared, may):
+    mild, strong = (tightfit.chain(tightfit.Lora(rank=rank)) for rank in (16, 4))
+    gain = fitting.draft(mild).static_bytes - fitting.draft(strong).static_bytes
+    assert gain > 0
+    fitting.plans[mild, 1] = planned(10 * gain, measured=True)
+    fitting.budget = round(10 * gain / ROUGH) - spared * gain
+    assert fitting.may_fit_after(strong, mild) == may
+
+
+def test_where_nothing_was_simulated_the_floor_says_whether_a_stronger_value_may_fit(fitting):
+    mild, strong = (tightfit.chain(tightfit.Lora(rank=rank)) for rank in (16, 4))
+    fitting.budget = fitting.floor(strong)
+    assert fitting.may_fit_after(strong, mild)
+    fitting.budget -= 1
+    assert not fitting.may_fit_after(strong, mild)
+
+
+def test_the_most_frugal_recipes_are_the_last_resort(model, monkeypatch):
+    groups = [[tightfit.Checkpointing()], [tightfit.Lora(rank=16), tightfit.Lora(rank=4)]]
+    search = Search(model, BATCH, 1 << 40, None, {"optimizer": "adamw"})
+    lora, checkpointing = tightfit.Lora(rank=4), tightfit.Checkpointing()
+    wanted = [tightfit.chain(checkpointing, lora), tightfit.chain(lora)]
+    assert search._frugal(groups, {1}) == wanted
+    assert search._frugal(groups, None)[:2] == wanted and len(search._frugal(groups, None)) == 3
+    monkeypatch.setattr(Search, "_best_first", lambda self, names, limit: None)
+    monkeypatch.setattr(Search, "_whole_time", lambda self, names: 1.0)
+    monkeypatch.setattr(Fitting, "settled", lambda self, recipe: None)
+    found = search.run(groups, 3)
+    assert [(fit.recipe, fit.size) for fit in found] == [(wanted[0], 1)]
+
+
+def test_all_values_of_a_method_are_tried_down_to_the_one_that_fits(model):
+    def peak(rank):
+        recipe = tightfit.chain(tightfit.Lora(rank=rank))
+        return need(tightfit.plan(model, recipe, batch=(1, 64), accumulate=2))
+
+    values = [tightfit.Lora(rank=rank) for rank in (64, 32, 2)]
+    search = Search(model, (1, BATCH[1]), (peak(32) + peak(2)) // 2, 2, {"optimizer": "adamw"})
+    assert [fit.recipe for fit in search.run([values], 3)] == [tightfit.chain(values[-1])]
 
 
 def test_methods_that_do_not_work_on_the_model_are_left_out(model, peaks):
