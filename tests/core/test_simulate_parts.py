@@ -154,6 +154,20 @@ def test_a_batch_with_padding_builds_a_mask_that_one_without_does_not():
     assert padded.saved_bytes > full.saved_bytes
 
 
+@pytest.mark.parametrize("draw", [lambda: torch.rand([]), lambda: torch.rand(1)])
+def test_a_block_that_is_left_out_at_random_is_there_in_the_largest_step(draw):
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return (x if draw() < 0.9 else self.linear(x).exp()).sum()
+
+    found = simulate(Wrapped(Skipping()), {"x": torch.zeros(100, 64, requires_grad=True)}, loss=loss_of)
+    assert found.saved_by_module["body"] == 100 * 64 * 4
+
+
 # -- the step --------------------------------------------------------------------------------------------------------
 
 

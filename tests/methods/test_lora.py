@@ -148,6 +148,13 @@ def test_other_kinds_of_adapters(kind, tmp_path):
     assert torch.equal(logits(exported, batch), logits(merged, batch))
 
 
+@pytest.mark.parametrize("config", [CONFIGS["loha"], peft.LoKrConfig(r=2, target_modules=["q_proj"])])
+def test_adapters_that_may_be_left_out_at_random_are_planned(config):
+    model = models.build("llama")
+    found = tightfit.plan(model, Lora(config=config), batch=(2, 8)).verify()
+    assert abs(found.peak_error) < 1e-3
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_config_and_its_dict_are_one_value(kind):
     config = CONFIGS[kind]

@@ -37,6 +37,8 @@ SETUP, FORWARD, BACKWARD, RECOMPUTE, CLIP, OPTIMIZER, ZERO_GRAD = range(len(PHAS
 
 
 _NO_WORK = ("prim", "profiler")
+_HIGHEST = 1 - 2**-8
+"""A number below 1 in every type that numbers are drawn in."""
 
 
 @dataclasses.dataclass
@@ -236,7 +238,7 @@ class Tracker(TorchDispatchMode):
         else:
             number = self._operator(facts.name)
             self._record(number, func, facts, args, kwargs, inputs, outputs)
-        if facts.writes or (outputs and not facts.random):
+        if facts.writes or outputs:
             self._follow(func, facts, args, kwargs, inputs, outputs)
         return out
 
@@ -281,6 +283,10 @@ class Tracker(TorchDispatchMode):
                 values = _outputs(func(*_real(args), **_real(kwargs)))
             for tensor, value in zip(outputs, values):
                 set_value(tensor, value)
+        elif func is aten.rand.default and outputs[0].numel() == 1:
+            # drawn to leave something out (LayerDrop, an adapter's module_dropout): in the largest step nothing is
+            with real_mode():
+                set_value(outputs[0], torch.full(outputs[0].shape, _HIGHEST, dtype=outputs[0].dtype))
         elif facts.writes:  # written to with something unknown
             for tensor in _tensors([args[i] for i in facts.writes if i < len(args)], kwargs):
                 if value_of(tensor) is not None:
