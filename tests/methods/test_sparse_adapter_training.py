@@ -406,6 +406,28 @@ def test_an_optimizer_without_a_learning_rate_is_refused():
         optimizer.step()
 
 
+def test_a_search_along_a_line_has_no_place_for_rows():
+    model, found, part = applied("bert")
+    batch, before = models.batch(model), state(part)
+
+    def closure():
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        return loss
+
+    with pytest.raises(StateError, match=r"LBFGS takes many gradients in a step, .* Give the link parameters to"):
+        found.optimizer(torch.optim.LBFGS, max_iter=2).step(closure)
+    assert same(state(part), before)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    links = [p for name, p in trained.items() if name.endswith(".link")]
+    head = model.classifier.weight.detach().clone()
+    torch.optim.LBFGS([p for name, p in trained.items() if not name.endswith(".link")], max_iter=2).step(closure)
+    assert same(state(part), before) and not torch.equal(model.classifier.weight, head)
+    torch.optim.AdamW(links, lr=1e-2).step()
+    assert not same(state(part), before)
+
+
 def test_sharded_parameters_are_refused_where_their_links_are_lost():
     model, found, _ = applied("bert")
     model(**models.batch(model)).loss.backward()

@@ -237,6 +237,11 @@ def _prepare(optimizer: torch.optim.Optimizer, left: str) -> None:
     if not held:
         _refuse_sharded(optimizer)
         return
+    if isinstance(optimizer, torch.optim.LBFGS):  # a search along a line, whose slope the links are no part of
+        raise StateError(
+            f"optimizer.step(): LBFGS takes many gradients in a step, and the rows of {held[0][0].name} take one, by "
+            f"an AdamW of their own with its learning rate; {left}. Give the link parameters to another optimizer"
+        )
     _jobs.pop(id(optimizer), None)
     for ledger in {id(layer.ledger): layer.ledger for layer, _ in held}.values():
         ledger.receive()
