@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import tightfit
 from tightfit.core.fitting import MARGIN, ROUGH, Fit, Fitting, estimate, need
-from tightfit.core.recommend import best_first, candidates
+from tightfit.core.recommend import best_first, candidates, choices
 from tightfit.core.search import INDIFFERENT, Search
 from tightfit.core.transform import Transform
 
@@ -112,6 +112,55 @@ def test_of_recipes_about_as_fast_the_simplest_goes_first():
     assert best_first([simple, exact], 2) == [exact, simple]
 
 
+def test_the_last_place_is_for_a_faster_recipe_that_is_not_exact():
+    exact = [fit(time, *[tightfit.FusedOps()][:count]) for count, time in ((0, 1.0), (1, 0.9))]
+    faster, slower = fit(0.8, tightfit.Lora()), fit(0.87, tightfit.Lora())
+    assert best_first([*exact, faster], 2) == [exact[1], faster]
+    assert best_first([*exact, slower], 2) == [exact[1], exact[0]]  # of the first choice's time it is 97 %
+    assert best_first([*exact, faster], 1) == [exact[1]]
+    assert best_first([exact[1], faster, exact[0]], 3) == [exact[1], exact[0], faster]
+    third = fit(1.4, tightfit.Checkpointing())
+    assert best_first([exact[0], third, fit(0.9, tightfit.FusedOps())], 1)[0].time == 0.9
+
+
+def test_of_like_times_what_approximates_least_is_the_simplest():
+    one, two = tightfit.FusedOps(), tightfit.Lora()
+    mixed, plain = fit(0.71, one, two), fit(0.70, two, tightfit.Mesa())
+    assert best_first([plain, mixed], 2) == [mixed, plain]
+
+
+def shown(recipe, time, mebibytes, size, turns):
+    return Fit(tightfit.chain(recipe), SimpleNamespace(peak_bytes=mebibytes << 20), size, turns, time)
+
+
+def test_why_a_recipe_is_chosen():
+    best = shown(tightfit.Checkpointing(), 1.25, 40, 8, 1)
+    found = choices([best, shown(tightfit.Lora(), 1.0, 50, 2, 4), shown(tightfit.Mesa(), 1.251, 30, 1, 8)])
+    assert found[0].why == ("peak 40.0 MiB, 1.25 x the stock step time (predicted); the gradients of the stock step")
+    assert "the batch in 4 parts of 2 rows; not the gradients of the stock step: low-rank" in found[1].why
+    assert found[1].why.endswith("20% faster and 10.0 MiB more than the first choice")
+    assert "the batch in 8 parts of 1 row;" in found[2].why
+    assert found[2].why.endswith("as fast and 10.0 MiB less than the first choice")
+    assert [(c.batch_size, c.accumulation) for c in found] == [(8, 1), (2, 4), (1, 8)]
+    slow = choices([best, shown(tightfit.FusedOps(), 1.5, 40, 8, 1)])[1]
+    assert "20% slower" in slow.why
+
+
+def test_a_choice_that_a_check_refutes_makes_room_for_what_was_left_out_for_it(model, peaks, monkeypatch):
+    budget = peaks[0] - 1
+    simulated = Fitting._simulated
+
+    def too_small(fitting, draft, size, options):
+        found = simulated(fitting, draft, size, options)
+        if options.get("extrapolate") != "unchecked" or len(draft.recipe) or size != BATCH[0]:
+            return found
+        return dataclasses.replace(found, peak_bytes=budget // 2, notes=("extended from 2 and 3 of 8 like blocks",))
+
+    monkeypatch.setattr(Fitting, "_simulated", too_small)
+    (found,) = tightfit.recommend(model, batch=BATCH, budget=budget, methods=[])
+    assert (found.recipe, found.batch_size) == (tightfit.chain(), 4) and need(found.plan) <= budget
+
+
 def test_effective_batch(model, peaks):
     found = tightfit.recommend(model, batch=BATCH, budget=peaks[0], effective_batch=32, methods=[])
     assert all(choice.batch_size * choice.accumulation == 32 for choice in found)
@@ -198,6 +247,7 @@ def test_a_gradient_stands_beside_the_sum_it_is_added_to():
         ({2: round(2 * ROUGH * 990)}, 1),  # the guess may be that much above the truth
         ({2: round(2 * ROUGH * 1010)}, None),
         ({1: 1001}, None),
+        ({8: 4000, 1: 240}, 2),  # of two steps the nearer one by proportion
     ],
 )
 def test_the_next_micro_batch_to_simulate(fitting, known, expected):

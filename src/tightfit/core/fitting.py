@@ -118,11 +118,19 @@ class Fitting:
         return self.plans[key]
 
     def checked(self, fit: Fit) -> Fit | None:
-        """The fit with a plan whose extrapolation was checked, or None where it does not fit after all."""
+        """The fit with a plan whose extrapolation was checked, or None where it does not fit after all.
+
+        Then the checked plan takes the place of the other one.
+        """
         if not any("extended" in note for note in fit.plan.notes):
             return fit
         found = self._simulated(self.draft(fit.recipe), fit.size, self.options)
-        return dataclasses.replace(fit, plan=found) if need(found) <= self.budget else None
+        if need(found) <= self.budget:
+            return dataclasses.replace(fit, plan=found)
+        key = (fit.recipe, fit.size)
+        self.plans[key] = found
+        self._fits.pop(key, None)
+        return None
 
     def _simulated(self, draft: Draft, size: int, options: dict[str, Any]) -> Plan:
         options = {**options, "accumulate": min(2, self.effective // size)}

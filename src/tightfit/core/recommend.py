@@ -125,13 +125,12 @@ def recommend(
     check_batch(model, batch)
     groups = candidates(model, methods, extra, tune, exact)
     search = Search(model, batch, most, effective_batch, dict(options, optimizer=optimizer), progress)
-    found = search.run(groups, limit, adapters=tune == "adapters")
-    while found:
+    while found := search.run(groups, limit, adapters=tune == "adapters"):
         chosen = best_first(found, limit)
         checked = {fit: search.fitting.checked(fit) for fit in chosen}
         if all(checked.values()):
             return choices([fit for fit in checked.values() if fit is not None])
-        found = [fit for fit in found if checked.get(fit, fit) is not None]
+        # not all that may fit instead was looked at: the search goes on, with what is known now
     raise search.failure(budget)
 
 
