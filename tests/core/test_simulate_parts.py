@@ -19,7 +19,7 @@ from tightfit.core.edits import planning
 from tightfit.core.errors import SimulationError
 from tightfit.core.simulate import example_batch, simulate
 from tightfit.core.simulate.cuda import CachingAllocator, rounded
-from tightfit.core.simulate.hidden import Signature, Spec, run_alone, smaller
+from tightfit.core.simulate.hidden import Signature, Spec, measure_hidden, run_alone, smaller
 
 
 def llama(blocks, **settings):
@@ -273,6 +273,60 @@ def test_cuda_keeps_boolean_dropout_masks_and_rounds_sizes():
     assert any("modelled" in note for note in cuda.notes)
     assert cuda.reserved_bytes() > cuda.peak_bytes
     assert torch.nn.functional.dropout is not None and cpu.peak_bytes == simulate(model, (4, 64)).peak_bytes
+
+
+class Attends(nn.Module):
+    """Attention with a mask of its own, added to the scores."""
+
+    def __init__(self, grows):
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.bias = nn.Parameter(torch.zeros(1, 1, 10, 10), requires_grad=grows)
+
+    def forward(self, x):
+        x = self.linear(x)
+        return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=self.bias).sum()
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_cuda_has_no_fused_attention_for_a_mask_that_trains(grows):
+    found = simulate(Attends(grows), {"x": torch.zeros(2, 2, 10, 16)}, loss=loss_of, device="cuda", optimizer="sgd")
+    operators = " ".join(found.timeline.operators)
+    assert ("efficient_attention" in operators) != grows
+    assert ("constant_pad_nd" in operators) != grows  # rows of the mask in multiples of 16
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_cuda_keeps_no_mask_beside_a_dropout_in_place(inplace):
+    class Drops(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return nn.functional.dropout(self.linear(x), 0.5, True, inplace).sum()
+
+    found = simulate(Drops(), {"x": torch.zeros(4, 8)}, loss=loss_of, device="cuda")
+    assert any("native_dropout" in name for name in found.timeline.operators) != inplace
+    assert found.by_category["optimizer"] == 2 * (512 + 512)  # moments; the counts of steps stay on the host
+
+
+def test_what_was_too_large_to_run_is_slack(monkeypatch):
+    spec = Spec((64, 64), (64, 1), torch.float32)
+    large, small = (Signature(func, (spec,), ()) for func in (torch.ops.aten.exp.default, torch.ops.aten.sin.default))
+    monkeypatch.setattr("tightfit.core.simulate.hidden.run_alone", lambda wanted: ({small: 100}, [large]))
+    found = measure_hidden({3: large, 5: large, 7: small}, [0, 0, 0, 900, 0, 700, 0, 800], [1000] * 8)
+    assert found.extra == {7: 100}
+    assert found.slack_bytes == spec.nbytes - 100  # the nearer one is 100 below the highest level
+    assert "aten.exp" in found.notes[0] and "aten.sin" not in found.notes[0]
+
+
+def test_the_example_batch_has_padding_in_its_last_row_alone():
+    batch = example_batch(llama(1), 3, 16)
+    assert batch["attention_mask"].sum(1).tolist() == [16, 16, 12]
+    assert (batch["labels"] == -100).tolist() == (batch["attention_mask"] == 0).tolist()
+    full = example_batch(llama(1), 3, 16, padded=False)
+    assert bool(full["attention_mask"].all()) and torch.equal(full["labels"], full["input_ids"])
 
 
 def test_the_caching_allocator_reuses_and_merges_blocks():
