@@ -25,6 +25,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "Lora + Checkpointing": [*LORA, *CHECKPOINTING],
     "Lora + Reversible": [*LORA, *REVERSIBLE],
     "Lora + Reversible(k=1)": [*LORA, {"Reversible": {"k": 1}}],
+    "Lora + Reversible(tiles=1)": [*LORA, {"Reversible": {"tiles": 1}}],
     "Lora + FusedOps + Checkpointing": [*LORA, *FUSED, *CHECKPOINTING],
     "Lora + FusedOps + Reversible": [*LORA, *FUSED, *REVERSIBLE],
     "Lora + FusedOps + Mesa + Reversible": [*LORA, *FUSED, *ATTENTION, *REVERSIBLE],
@@ -33,7 +34,6 @@ TIMED = (
     ("Reversible", "Checkpointing"),
     ("Lora + Reversible", "Lora + Checkpointing"),
     ("Lora + FusedOps + Reversible", "Lora + FusedOps + Checkpointing"),
-    ("Lora + FusedOps + Reversible", "Lora + Checkpointing"),
 )
 LLAMA: dict[str, Any] = {
     "hidden_size": 512,
@@ -93,18 +93,23 @@ def real_peak(settings: dict[str, Any], methods: list[dict[str, Any]], blocks: i
 
 
 def run(settings: dict[str, Any] = SETTINGS, name: str = NAME) -> list[dict[str, Any]]:
-    """Rows with `blocks` hold peaks, rows with `against` times."""
+    """Rows with `blocks` hold peaks, rows with `against` times; resumes."""
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
     config = {**settings, "recipes": RECIPES}
+    rows = record.rows(name, config)
+    done = {(row.get("blocks"), row["recipe"]) for row in rows}
     for blocks in settings["blocks"]:
         for recipe, methods in RECIPES.items():
+            if (blocks, recipe) in done:
+                continue
             figures = planned(settings, methods, blocks)
             row = {"blocks": blocks, "recipe": recipe, **figures, "peak_bytes": real_peak(settings, methods, blocks)}
             rows.append(row)
             print(row, flush=True)
             record.write(name, config, rows)
     for recipe, against in TIMED:
+        if (None, recipe) in done:
+            continue
         pair = [functools.partial(stepper, settings, RECIPES[r], settings["timed_blocks"]) for r in (against, recipe)]
         times = measured_in_pairs(*pair, settings["pairs"], settings["rounds"])
         row = {"against": against, "recipe": recipe, **times}
