@@ -63,7 +63,7 @@ class Reversible(Transform):
         anneal: the last share of the training in which the factor goes to 0, so that a plain model comes out.
         anchors: not exact only: keep both streams every so many blocks.
         tiles: behind a block's attention its tokens go on in so many parts, one after the other also in backward, each
-            of 256 or more; where that cannot be (attention and MLP side by side, a mixture of experts, few tokens, or
+            of 512 or more; where that cannot be (attention and MLP side by side, a mixture of experts, few tokens, or
             more parameters training in a block than its states have numbers) they go together.
         bits: of integers behind the point; None: from the largest state on an example batch, when applied.
         allow_inexact: not exact only: warn instead of refusing.

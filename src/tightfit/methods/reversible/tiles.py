@@ -25,8 +25,8 @@ from tightfit.methods.reversible.seam import Seam, cut_of
 from tightfit.ops.autograd import inner_gradients, saved_apart
 from tightfit.ops.replay import Replay
 
-LEAST = 256
-"""Tokens of the smallest tile."""
+LEAST = 512
+"""Tokens of the smallest tile; products of fewer rows are slower."""
 
 
 def tile_count(most: int, block: nn.Module, hidden: Tensor, parameters: Sequence[Tensor], kwargs: dict) -> int:
