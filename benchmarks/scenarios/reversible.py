@@ -92,6 +92,10 @@ def real_peak(settings: dict[str, Any], methods: list[dict[str, Any]], blocks: i
     return allocator_peak(step) - live_bytes()
 
 
+def _place(row: dict[str, Any]) -> tuple[float, int]:
+    return row.get("blocks", float("inf")), list(RECIPES).index(row["recipe"])
+
+
 def run(settings: dict[str, Any] = SETTINGS, name: str = NAME) -> list[dict[str, Any]]:
     """Rows with `blocks` hold peaks, rows with `against` times; resumes."""
     torch.set_num_threads(1)
@@ -105,6 +109,7 @@ def run(settings: dict[str, Any] = SETTINGS, name: str = NAME) -> list[dict[str,
             figures = planned(settings, methods, blocks)
             row = {"blocks": blocks, "recipe": recipe, **figures, "peak_bytes": real_peak(settings, methods, blocks)}
             rows.append(row)
+            rows.sort(key=_place)
             print(row, flush=True)
             record.write(name, config, rows)
     for recipe, against in TIMED:

@@ -21,7 +21,8 @@ def of_group(result: dict[str, Any], group: str) -> str:
     for row in own:
         values.setdefault((row["recipe"], row["task"]), {})[row["seed"]] = 100 * row["value"]
     rows, seeds = [], {len(found) for (_, task), found in values.items() if task in tasks}
-    for recipe in recipes:
+    missing = [recipe for recipe in recipes if not any((recipe, task) in values for task in tasks)]
+    for recipe in (recipe for recipe in recipes if recipe not in missing):
         base = "Lora" if recipe.startswith("Lora + ") else "stock"
         cells, differences = [], []
         for task in tasks:
@@ -35,7 +36,8 @@ def of_group(result: dict[str, Any], group: str) -> str:
     header = ["recipe", *(f"{task}, {metric}" for task, metric in tasks.items()), "mean difference"]
     count = "-".join(map(str, sorted({min(seeds), max(seeds)})))
     told = "of one seed, which says little" if max(seeds) == 1 else f"means over {count} seeds"
-    return grid(header, rows) + f"\n\nIn points; {told}.\n" + footer(result)
+    left = f" Not run yet: {'; '.join(missing)}." if missing else ""
+    return grid(header, rows) + f"\n\nIn points; {told}.{left}\n" + footer(result)
 
 
 def activations(result: dict[str, Any]) -> str:
