@@ -128,6 +128,13 @@ GROUPS: dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]] = {
         "Lora + Reversible": (ADAPTERS, [*LORA, {"Reversible": COUPLED}]),
         "Lora + Reversible, k = 4": (ADAPTERS, [*LORA, {"Reversible": {}}]),
         "Lora + Reversible, annealed": (ADAPTERS, [*LORA, {"Reversible": {**COUPLED, "anneal": 0.3}}]),
+        **{
+            f"Lora + Reversible, {variant}, anchors": (
+                ADAPTERS,
+                [*LORA, {"Reversible": {"variant": variant, "exact": False, "anchors": anchors}}],
+            )
+            for variant, anchors in (("meft1", 2), ("meft2", 2), ("meft3", 1))  # as far as the guard allows
+        },
         "adapters, meft1": (
             ADAPTERS,
             [{"Reversible": {"variant": "meft1", "adapter_dim": 16, "merge": "weighted"}}],

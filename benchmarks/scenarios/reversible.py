@@ -30,11 +30,11 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "Lora + FusedOps + Reversible": [*LORA, *FUSED, *REVERSIBLE],
     "Lora + FusedOps + Mesa + Reversible": [*LORA, *FUSED, *ATTENTION, *REVERSIBLE],
 }
-TIMED = (
-    ("Reversible", "Checkpointing"),
-    ("Lora + Reversible", "Lora + Checkpointing"),
-    ("Lora + FusedOps + Reversible", "Lora + FusedOps + Checkpointing"),
-)
+TIMED: dict[str, str] = {
+    "Reversible": "Checkpointing",
+    "Lora + Reversible": "Lora + Checkpointing",
+    "Lora + FusedOps + Reversible": "Lora + FusedOps + Checkpointing",
+}
 LLAMA: dict[str, Any] = {
     "hidden_size": 512,
     "intermediate_size": 1376,
@@ -112,7 +112,7 @@ def run(settings: dict[str, Any] = SETTINGS, name: str = NAME) -> list[dict[str,
             rows.sort(key=_place)
             print(row, flush=True)
             record.write(name, config, rows)
-    for recipe, against in TIMED:
+    for recipe, against in TIMED.items():
         if (None, recipe) in done:
             continue
         pair = [functools.partial(stepper, settings, RECIPES[r], settings["timed_blocks"]) for r in (against, recipe)]

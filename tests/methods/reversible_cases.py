@@ -9,6 +9,7 @@ import tightfit
 from tightfit import Reversible
 from tightfit.core.edits import StackEdit, StackRunner
 from tightfit.core.hfmodel import stacks
+from tightfit.methods.reversible.streams import Fixed
 
 SIZE = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": models.VOCABULARY}
 DEEP = {
@@ -87,6 +88,25 @@ def straight(model, bits, update):
     for blocks in stacks(model):
         StackEdit(blocks=tuple(blocks), runner=lambda: Straight(bits, update)).run(model)
     return model
+
+
+def recorded_streams(monkeypatch):
+    """Streams as each step will have replaced them, and as they will have come back."""
+    gone, back = [], []
+    forward, inverse = Fixed.forward, Fixed.inverse
+
+    def keep_old(self, half, old, read, x, out):
+        gone.append(old.clone())
+        return forward(self, half, old, read, x, out)
+
+    def keep_back(self, *arguments):
+        found = inverse(self, *arguments)
+        back.append(found.clone())
+        return found
+
+    monkeypatch.setattr(Fixed, "forward", keep_old)
+    monkeypatch.setattr(Fixed, "inverse", keep_back)
+    return gone, back
 
 
 def close(found, wanted, limit):

@@ -5,12 +5,11 @@ import pytest
 import torch
 import transformers as hf
 from checks.state import gradients
-from reversible_cases import close, deep, later, meft1, straight, two_step
+from reversible_cases import close, deep, later, meft1, recorded_streams, straight, two_step
 
 import tightfit
 from tightfit import Lora, Reversible
 from tightfit.core.errors import UnsupportedModelError
-from tightfit.methods.reversible.streams import Fixed
 
 FAMILIES = ("llama", "bert", "gpt2", "t5", "bart", "gemma2", "roberta")
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -31,22 +30,7 @@ def trained(model):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Streams as each step replaced them, and as they came back."""
-    gone, back = [], []
-    forward, inverse = Fixed.forward, Fixed.inverse
-
-    def keep_old(self, half, old, read, x, out):
-        gone.append(old.clone())
-        return forward(self, half, old, read, x, out)
-
-    def keep_back(self, *arguments):
-        found = inverse(self, *arguments)
-        back.append(found.clone())
-        return found
-
-    monkeypatch.setattr(Fixed, "forward", keep_old)
-    monkeypatch.setattr(Fixed, "inverse", keep_back)
-    return gone, back
+    return recorded_streams(monkeypatch)
 
 
 # -- bit by bit -------------------------------------------------------------------------------------------------------

@@ -7,14 +7,13 @@ import pytest
 import torch
 import transformers as hf
 from checks.state import gradients
-from reversible_cases import close, deep, later
+from reversible_cases import close, deep, later, recorded_streams
 
 import tightfit
 from tightfit import FusedOps, Lora, Mesa, Reversible, WtaCrs
 from tightfit.core.errors import StateError
 from tightfit.methods.reversible import tiles
 from tightfit.methods.reversible.seam import cut_of
-from tightfit.methods.reversible.streams import Fixed
 
 WIDE = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2, "vocab_size": models.VOCABULARY}
 
@@ -35,21 +34,7 @@ def tiled(monkeypatch):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Streams as each step replaced them, and as they came back."""
-    gone, back = [], []
-    forward, inverse = Fixed.forward, Fixed.inverse
-
-    def keep_old(self, half, old, *others):
-        gone.append(old.clone())
-        return forward(self, half, old, *others)
-
-    def keep_back(self, *arguments):
-        back.append(inverse(self, *arguments))
-        return back[-1].clone()
-
-    monkeypatch.setattr(Fixed, "forward", keep_old)
-    monkeypatch.setattr(Fixed, "inverse", keep_back)
-    return gone, back
+    return recorded_streams(monkeypatch)
 
 
 def adapted(model, *recipe, tiles=4, rank=1, **fields):

@@ -163,6 +163,10 @@ class StackEdit(Edit):
         slots = (self.slot,) if self.checkpoints else (self.slot, Slot.RECOMPUTE)
         return frozenset((slot, block) for block in self.blocks for slot in slots)
 
+    def make_runner(self) -> StackRunner:
+        """The runner of the stack, made when the edit runs."""
+        return self.runner()
+
     def run(self, model: nn.Module) -> Handle:
         modules = [model.get_submodule(name) for name in self.blocks]
         if len({id(module) for module in modules}) != len(modules):
@@ -171,7 +175,7 @@ class StackEdit(Edit):
                 f"a stack edit needs distinct blocks"
             )
         refuse_skipped_blocks(model, self.blocks[0])
-        shared = StackState(self.runner(), len(self.blocks))
+        shared = StackState(self.make_runner(), len(self.blocks))
         states = {
             id(module): {"stack": shared, "index": index, "number": int(name.rsplit(".", 1)[-1])}
             for index, (name, module) in enumerate(zip(self.blocks, modules))

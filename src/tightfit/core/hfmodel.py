@@ -48,6 +48,12 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if is_adapter(module) else module  # type: ignore[operator]
 
 
+def is_hooked(module: object) -> bool:
+    """Whether somebody has put hooks on the call of a module; what is no module has none."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind, None) for kind in kinds)
+
+
 def is_adapter(module: nn.Module) -> bool:
     """Whether the module is an adapter layer around a stock one, as PEFT makes them."""
     return "base_layer" in module._modules and hasattr(module, "get_base_layer")

@@ -61,10 +61,8 @@ class Recipe:
         """
         from tightfit.core.simulate.batches import example_batch
 
-        limits = [ids for t in self.transforms if (ids := t.readable_ids()) is not None]
-        return example_batch(
-            model, batch_size, length, long_rows=self.long_rows, tokens=limits[0] if limits else None, **form
-        )
+        tokens = next((ids for t in self.transforms if (ids := t.readable_ids()) is not None), None)
+        return example_batch(model, batch_size, length, long_rows=self.long_rows, tokens=tokens, **form)
 
     def to_list(self) -> list[dict[str, Any]]:
         """The recipe as the `methods:` list of a recipe file."""

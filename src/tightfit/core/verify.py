@@ -162,12 +162,15 @@ def run_step(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise StateError("verify: the plan is for a GPU and this machine has none; plan with device='cpu', or go there")
     kind = torch.device(device).type
-    # a run that comes after draws the same numbers as without this one
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if kind == "cuda" else []):
+    with contextlib.ExitStack() as stack:
+        # a run that comes after draws the same numbers as without this one
+        stack.enter_context(torch.random.fork_rng(devices=[torch.cuda.current_device()] if kind == "cuda" else []))
         gc.collect()
         others = live_bytes(kind) - (_own_bytes(model, kind) if in_place else 0)
         twin = model if in_place else copy.deepcopy(model)
         applied = apply(twin.to(device).train(), recipe)
+        if in_place:
+            stack.callback(applied.remove)
         inputs = {k: v.to(device, copy=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
         def step(phase: Phase = lambda name: contextlib.nullcontext()) -> None:
@@ -187,18 +190,14 @@ def run_step(
             with phase("zero_grad"):
                 stepper.zero_grad()
 
-        try:
-            stepper = applied.adopt(_optimizer(optimizer, applied, kind))
-            step()
-            gc.collect()
-            levels = _levels_cuda(step) if kind == "cuda" else _levels_cpu(step)
-            kept = saved_bytes(step)
-            state = [t for s in stepper.state.values() for t in s.values() if torch.is_tensor(t)]
-            trained = [p for p in applied.parameters() if p.requires_grad]
-            weights = _own_bytes(twin, kind)
-        finally:
-            if in_place:
-                applied.remove()
+        stepper = applied.adopt(_optimizer(optimizer, applied, kind))
+        step()
+        gc.collect()
+        levels = _levels_cuda(step) if kind == "cuda" else _levels_cpu(step)
+        kept = saved_bytes(step)
+        state = [t for s in stepper.state.values() for t in s.values() if torch.is_tensor(t)]
+        trained = [p for p in applied.parameters() if p.requires_grad]
+        weights = _own_bytes(twin, kind)
     levels = {name: [level - others for level in values] for name, values in levels.items()}
     phases = {name: max(values) for name, values in levels.items()}
     by_category = {

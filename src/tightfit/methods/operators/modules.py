@@ -110,16 +110,10 @@ class FusedGate:
         gate, up, down, act = (getattr(self, name) for name in state["names"])
         kinds = [getattr(getattr(layer, "weight", None), "dtype", None) for layer in (gate, up, down)]
         # the module casts between them, T5 for one; and what hooks make of the activation has another slope
-        if len(set(kinds)) > 1 or _is_hooked(act):
+        if len(set(kinds)) > 1 or hfmodel.is_hooked(act):
             return super().forward(x)  # type: ignore[misc]
         product = gated_activation(gate(x), up(x), act, state["slope"], codec=codec_of(self))
         return down(product if state["dropout"] is None else getattr(self, state["dropout"])(product))
-
-
-def _is_hooked(act: Any) -> bool:
-    """Whether somebody has put hooks on an activation, if it is a module."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(act, kind, None) for kind in kinds)
 
 
 class FusedDropout:

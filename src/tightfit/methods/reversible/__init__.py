@@ -188,7 +188,7 @@ class Reversible(Transform):
             refuse_inexact(plan.halves, post_norm, deepest, _dtype(model), self.allow_inexact, warn=_is_real(model))
         needs_mlp = self.adapter_dim is not None or self.variant == "meft3" or self.merge == "concat"
         mlps = {name: mlp_of(model, name) for name in names} if needs_mlp else {}
-        cut = mlps if self.variant == "meft3" else self._tileable(model, names, post_norm)
+        cut = mlps if self.variant == "meft3" else self._tileable(model, names, mlps, post_norm)
         self._look(model, plan, spans, cut, post_norm)
         yield from self._new_parameters(model, mlps, spans)
         part = Coupling(plan, len(names))
@@ -200,14 +200,14 @@ class Reversible(Transform):
         yield from seam_edits(cut, post_norm)
         yield LeavingEdit(coupling=part)
 
-    def _tileable(self, model: nn.Module, names: list[str], post_norm: bool) -> dict[str, Mlp]:
+    def _tileable(self, model: nn.Module, names: list[str], mlps: dict[str, Mlp], post_norm: bool) -> dict[str, Mlp]:
         """The blocks that seem to be an attention and an MLP behind it; not those of experts with little room."""
         found = {}
         for name in names if self.tiles > 1 else ():
             if any("expert" in inner or "router" in inner for inner, _ in model.get_submodule(name).named_modules()):
                 continue
             with contextlib.suppress(UnsupportedModelError):
-                mlp = mlp_of(model, name)
+                mlp = mlps.get(name) or mlp_of(model, name)
                 layers_of(model, name, mlp, post_norm)
                 found[name] = mlp
         return found

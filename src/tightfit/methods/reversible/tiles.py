@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from tightfit.core.errors import StateError
-from tightfit.core.hfmodel import has_values, storage_key
+from tightfit.core.hfmodel import has_values, is_hooked, storage_key
 from tightfit.core.marks import Estimated
 from tightfit.core.recording import notes_apart
 from tightfit.core.stack import first_tensor
@@ -46,9 +46,7 @@ def tile_count(most: int, block: nn.Module, hidden: Tensor, parameters: Sequence
 
 
 def _looks_further(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooked = any(getattr(module, kind) for kind in kinds)
-    return hooked or "droppath" in type(module).__name__.lower() or is_tight(module, Estimated)
+    return is_hooked(module) or "droppath" in type(module).__name__.lower() or is_tight(module, Estimated)
 
 
 class Tiled(Part):
@@ -59,15 +57,12 @@ class Tiled(Part):
         self.seam, self.count, self.whole = seam, count, False
 
     def __call__(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Any]:
-        states = self._attend(x, tensors) if has_values(x) else self._tried(x, tensors)
+        states = self._half(1, x, tensors) if has_values(x) else self._tried(x, tensors)
         self.whole = states is None
         if states is None:
             return super().__call__(x, tensors)
         found = [self._finish(tile, tensors) for tile in self._tiles(states)]
         return torch.cat([value for value, _ in found], dim=1).view_as(x), found[-1][1]
-
-    def _attend(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        return self._half(1, x, tensors)
 
     def _half(self, number: int, x: Tensor, tensors: Sequence[Tensor]) -> Any:
         args, kwargs = self.arguments(tensors)
@@ -77,7 +72,7 @@ class Tiled(Part):
     def _tried(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
         """The same in a simulation, for which nobody has seen whether the block has halves; None: it has not."""
         with contextlib.suppress(StateError):
-            states = self._attend(x, tensors)
+            states = self._half(1, x, tensors)
             if storage_key(states) != storage_key(x):  # else the MLP stands beside the attention
                 return states
         return None
@@ -112,7 +107,7 @@ class Tiled(Part):
             return grads[0] if first else None
 
         with replay.again(), torch.enable_grad(), saved_apart():
-            states = self._attend(x, given)
+            states = self._half(1, x, given)
             following = Replay(x.device.type, random=bool(replay.random), module=self.module)
         held, depends = states.detach(), states.requires_grad
         root = get_gradient_edge(states) if depends else None

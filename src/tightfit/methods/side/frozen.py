@@ -82,9 +82,19 @@ def frozen_edits(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class FrozenStackEdit(StackEdit):
-    """A stack that runs without a graph, so that adapters inside of it could never train."""
+    """A stack that runs without a graph, so that adapters inside of it could never train.
+
+    Its runner joins `runners` if it is a `OneRun`; of these the backbone's call counts the runs.
+    """
 
     inside: tuple[str, ...]
+    runners: list[OneRun] = dataclasses.field(default_factory=list)
+
+    def make_runner(self) -> StackRunner:
+        made = super().make_runner()
+        if isinstance(made, OneRun):
+            self.runners.append(made)
+        return made
 
     def claims(self) -> frozenset[Claim]:
         return super().claims() | frozenset((Slot.NEW_PARAMETERS, name) for name in self.inside)

@@ -212,7 +212,8 @@ class LadderSide(Transform):
             yield FrozenStackEdit(
                 blocks=place.blocks,
                 inside=inside(model, place.blocks),
-                runner=functools.partial(_runner, runners, place, link, cache),
+                runners=runners,
+                runner=functools.partial(_runner, place, link, cache),
                 part=part,
                 note=f"{self.projection}, {self.merge}",
             )
@@ -239,10 +240,8 @@ class LadderSide(Transform):
         return here
 
 
-def _runner(runners: list[OneRun], place: Place, link: Link | None, cache: FeatureCache | None) -> LadderRunner:
-    made = LadderRunner(place.side, link, not place.final, cache)
-    runners.append(made)
-    return made
+def _runner(place: Place, link: Link | None, cache: FeatureCache | None) -> LadderRunner:
+    return LadderRunner(place.side, link, not place.final, cache)
 
 
 class Builder:

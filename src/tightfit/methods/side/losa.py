@@ -116,7 +116,8 @@ class Losa(Transform):
         yield FrozenStackEdit(
             blocks=place.blocks,
             inside=inside(model, place.blocks),
-            runner=functools.partial(_runner, runners, place),
+            runners=runners,
+            runner=functools.partial(_runner, place),
             part=Mixing(place),
             note=f"ranks {self.rank} and {token_rank}",
         )
@@ -252,10 +253,8 @@ class LosaRunner(OneRun):
         return with_first(out, stream if self.net.published else states + stream)
 
 
-def _runner(runners: list[OneRun], place: Place) -> LosaRunner:
-    made = LosaRunner(place.side)
-    runners.append(made)
-    return made
+def _runner(place: Place) -> LosaRunner:
+    return LosaRunner(place.side)
 
 
 class Mixing(Part):

@@ -125,7 +125,8 @@ class Sherl(Transform):
             yield FrozenStackEdit(
                 blocks=place.blocks,
                 inside=inside(model, place.blocks),
-                runner=functools.partial(_runner, runners, place, link, late),
+                runners=runners,
+                runner=functools.partial(_runner, place, link, late),
                 part=part,
                 note=f"{len(place.blocks) - late} late blocks",
             )
@@ -297,10 +298,8 @@ class SherlRunner(OneRun):
         return with_first(out, joined)
 
 
-def _runner(runners: list[OneRun], place: Place, link: Link | None, late: int) -> SherlRunner:
-    made = SherlRunner(place.side, link, late, encoder=not place.final)
-    runners.append(made)
-    return made
+def _runner(place: Place, link: Link | None, late: int) -> SherlRunner:
+    return SherlRunner(place.side, link, late, encoder=not place.final)
 
 
 class Aggregation(Part):
